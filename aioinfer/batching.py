@@ -1,0 +1,395 @@
+"""The batcher: which requests leave together, and when.
+
+Plain decisions over plain records. There is no event loop in here, no thread, no clock and
+no tensor: the caller says what happened and what time it is, and asks what to do next. One
+thread at a time may use a batcher.
+
+The rules, in the order in which they decide:
+
+1.  *Late binding.* While the executor is busy nothing is decided. What a batch holds is
+    chosen at the moment it leaves, so whatever arrives during a forward joins the next one.
+2.  A full batch waiting leaves at once.
+3.  Without a ``min_batch_size``: if everybody who is expected is already waiting, the batch
+    leaves at once, for nobody else can arrive. Expected are clients that joined and have not
+    asked yet, and clients that got an answer and have not asked again. A batch that had to
+    leave without them (rule 4) stops expecting them until they ask again, so one client that
+    went away, or thinks for long, costs the others one ``timeout`` and not one per batch.
+4.  ``timeout`` bounds the delay added here. It counts from the submission of the oldest
+    waiting request, is not re-armed by later arrivals, and is cut short for a request whose
+    own deadline would otherwise pass before the forward is done.
+5.  With ``min_batch_size=n``: n waiting rows leave at once; rule 3 does not apply.
+6.  Within a queue the most urgent request is first. Urgency is a point in time: the
+    request's deadline, or ``AGEING_S`` after its submission if that is sooner (or if it has
+    none), moved ``AGEING_S`` earlier per level of priority. Urgency does not change while
+    time passes, so requests of equal priority and no deadline keep their order of arrival,
+    and everyone is overtaken for a bounded time only.
+7.  Requests of different signatures never share a batch. Each signature has a queue; of the
+    queues that may leave, the one with the most urgent head does.
+8.  A request that was given up, or whose deadline has passed, is not put into a batch.
+9.  At most ``max_queue_size`` rows wait; :meth:`Batcher.has_room` says whether one more
+    request fits. A request larger than the whole queue fits an empty one.
+
+The form of this file, rules as prose and code as their plain form, is that of h11's state
+machine; deciding only when the executor is free is Clipper's and Triton's lesson learnt.
+"""
+
+from __future__ import annotations
+
+import enum
+import heapq
+import itertools
+import math
+import sys
+from collections import deque
+from collections.abc import Hashable, Iterable, Iterator
+from typing import NamedTuple
+
+from aioinfer.request import Request, Source, State
+
+AGEING_S = 10.0
+"""Seconds of waiting that one level of priority is worth (rule 6)."""
+
+_QUEUED = State.QUEUED
+_RUNNING = State.RUNNING
+
+ANY_NUMBER = sys.maxsize
+"""As ``Wait.arrivals``: no number of arrivals changes the decision."""
+
+
+class Reason(enum.Enum):
+    """Why a batch left."""
+
+    FULL = "full"
+    ALL_CLIENTS_IN = "all clients in"
+    DEADLINE = "deadline"
+    MINIMUM = "minimum reached"
+    CLOSING = "closing"
+
+
+class Dispatch(NamedTuple):
+    """Run these now, then call :meth:`Batcher.forward_ended`.
+
+    ``requests`` may be empty when everything that was due had expired; there is no forward
+    to report then.
+    """
+
+    requests: list[Request]
+    rows: int
+    reason: Reason
+    expired: list[Request]
+    """Requests whose deadline passed while they waited; answer them with TimeoutError."""
+
+
+class Wait(NamedTuple):
+    """Do nothing until ``until``, or until at least ``arrivals`` more requests were pushed.
+
+    ``until`` is ``None`` where only an arrival, or the end of the forward, changes anything.
+    Fewer arrivals than ``arrivals`` cannot change the decision as long as each is one row
+    without priority and deadline; any other arrival is a reason to ask again.
+    """
+
+    until: float | None
+    arrivals: int
+
+
+class Batcher:
+    """Forms batches by the rules at the top of this module.
+
+    Args:
+        max_batch_size: rows in a batch at most, at least 1.
+        min_batch_size: rows worth leaving for, between 1 and ``max_batch_size``; ``None``
+            lets the batcher decide.
+        timeout: seconds a batch may be held back, at least 0.
+        max_queue_size: rows that may wait, at least 1.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_batch_size: int,
+        min_batch_size: int | None,
+        timeout: float,
+        max_queue_size: int,
+    ) -> None:
+        self.max_batch_size = max_batch_size
+        self.min_batch_size = min_batch_size
+        self.timeout = timeout
+        self.max_queue_size = max_queue_size
+        self.rows = 0
+        """Rows waiting."""
+        self.busy = False
+        """Whether the executor runs a batch."""
+        self.expected = 0
+        """Callers that may soon ask (rule 3)."""
+        self._queues: dict[Hashable, _Queue] = {}
+        self._epoch = 0
+        self._closing = False
+        self._started_at = -math.inf
+        self._ended_at = -math.inf
+        self._forward_s = 0.0
+
+    # -- what happened ------------------------------------------------------
+
+    def join(self, source: Source) -> None:
+        """A client exists and may ask."""
+        source.live = True
+        source.epoch = self._epoch
+        source.expected = 1
+        self.expected += 1
+
+    def leave(self, source: Source) -> None:
+        """A client is gone and will not ask again. Its requests stay until discarded."""
+        if source.live and source.epoch == self._epoch:
+            self.expected -= source.expected
+        source.live = False
+
+    def push(self, request: Request) -> None:
+        """Take a request of at most ``max_batch_size`` rows."""
+        queue = self._queues.get(request.signature)
+        if queue is None:
+            queue = self._queues[request.signature] = _Queue()
+        request.state = _QUEUED
+        self.rows += request.rows
+        queue.add(request, self.timeout, self._forward_s)
+        source = request.source
+        if source.expected > 0 and source.epoch == self._epoch:
+            source.expected -= 1
+            self.expected -= 1
+
+    def discard(self, request: Request) -> bool:
+        """Take a waiting request out; return whether it was waiting."""
+        if request.state is not _QUEUED:
+            return False
+        request.state = State.DONE
+        self.rows -= request.rows
+        queue = self._queues[request.signature]
+        queue.forget(request)
+        if not queue.rows:
+            del self._queues[request.signature]
+        self._expect(request.source)
+        return True
+
+    def forward_ended(self, requests: Iterable[Request], now: float) -> None:
+        """The executor is free again; these were answered."""
+        self.busy = False
+        self._ended_at = now
+        self._forward_s = now - self._started_at
+        epoch = self._epoch
+        for request in requests:
+            source = request.source
+            if source.live and source.epoch == epoch:  # the usual case of _expect()
+                source.expected += 1
+                self.expected += 1
+            else:
+                self._expect(source)
+
+    def close(self) -> None:
+        """Stop waiting for anything: what is here leaves as soon as the executor is free."""
+        self._closing = True
+
+    # -- what to do ---------------------------------------------------------
+
+    def has_room(self, rows: int) -> bool:
+        """Whether ``rows`` more rows may wait (rule 9)."""
+        return self.rows + rows <= self.max_queue_size or not self.rows
+
+    def waiting(self) -> Iterator[Request]:
+        """Iterate over the waiting requests, in no particular order."""
+        return itertools.chain.from_iterable(self._queues.values())
+
+    def next_action(self, now: float) -> Dispatch | Wait:
+        """Decide what to do at ``now``; a :class:`Dispatch` makes the executor busy."""
+        if self.busy:
+            return Wait(None, ANY_NUMBER)
+        if not self.rows:
+            return self._idle(now)
+        chosen: _Queue | None = None
+        chosen_key: Hashable = None
+        reason = Reason.FULL
+        leave_at = math.inf
+        fullest = 0
+        for key, queue in self._queues.items():
+            why = self._may_leave(queue, now)
+            if why is not None and (chosen is None or queue.urgency() < chosen.urgency()):
+                chosen, chosen_key, reason = queue, key, why
+            elif chosen is None:
+                leave_at = min(leave_at, queue.leave_by())
+                fullest = max(fullest, queue.rows)
+        if chosen is None:
+            return Wait(leave_at, self._arrivals_that_matter(fullest))
+        return self._dispatch(chosen, chosen_key, reason, now)
+
+    # -- inside -------------------------------------------------------------
+
+    def _may_leave(self, queue: _Queue, now: float) -> Reason | None:
+        if queue.rows >= self.max_batch_size:
+            return Reason.FULL
+        if self._closing:
+            return Reason.CLOSING
+        if self.min_batch_size is None:
+            if self.expected <= 0:
+                return Reason.ALL_CLIENTS_IN
+        elif queue.rows >= self.min_batch_size:
+            return Reason.MINIMUM
+        return Reason.DEADLINE if queue.leave_by() <= now else None
+
+    def _idle(self, now: float) -> Wait:
+        # Right after a forward its clients come back together: sleep through the first of
+        # them rather than wake for each. Nothing submitted since can be due before `until`.
+        until = self._ended_at + self.timeout
+        if self.min_batch_size is None and self.expected > 1 and now < until:
+            return Wait(until, min(self.expected, self.max_batch_size))
+        return Wait(None, 1)
+
+    def _arrivals_that_matter(self, fullest: int) -> int:
+        if self.min_batch_size is None:
+            return max(1, min(self.expected, self.max_batch_size - fullest))
+        return max(1, self.min_batch_size - fullest)
+
+    def _dispatch(self, queue: _Queue, key: Hashable, reason: Reason, now: float) -> Dispatch:
+        requests, rows, expired = queue.take(self.max_batch_size, now)
+        self.rows -= rows + sum(request.rows for request in expired)
+        if not queue.rows:
+            del self._queues[key]
+        for request in expired:
+            self._expect(request.source)
+        if reason is Reason.DEADLINE:
+            self._epoch += 1
+            self.expected = 0
+        if requests:
+            self.busy = True
+            self._started_at = now
+        return Dispatch(requests, rows, reason, expired)
+
+    def _expect(self, source: Source) -> None:
+        if not source.live:
+            return
+        if source.epoch != self._epoch:
+            source.epoch = self._epoch
+            source.expected = 0
+        source.expected += 1
+        self.expected += 1
+
+
+class _Queue:
+    """The waiting requests of one signature, most urgent first.
+
+    Ordinary requests stand in a deque, where order of arrival is order of urgency; the rest
+    (a priority, a deadline, a timestamp out of order) in two heaps, by urgency and by the
+    time they must leave. Requests that were given up stay in place until they surface, or
+    until they are the larger part, so that removing one costs nothing.
+    """
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self._ordinary: deque[Request] = deque()
+        self._by_urgency: list[tuple[float, int, Request]] = []
+        self._by_leave: list[tuple[float, int, Request]] = []
+        self._arrivals = 0
+        self._timeout = 0.0
+        self._forgotten = 0
+
+    def __iter__(self) -> Iterator[Request]:
+        special = (request for _, _, request in self._by_urgency)
+        return (r for r in itertools.chain(self._ordinary, special) if r.state is _QUEUED)
+
+    def add(self, request: Request, timeout: float, forward_s: float) -> None:
+        self._timeout = timeout
+        self.rows += request.rows
+        ordinary = self._ordinary
+        if (
+            request.deadline is None
+            and not request.priority
+            and (not ordinary or ordinary[-1].submitted_at <= request.submitted_at)
+        ):
+            ordinary.append(request)
+            return
+        self._arrivals += 1  # ties keep the order of arrival, and requests do not compare
+        leave_by = request.submitted_at + timeout
+        urgency = request.submitted_at + AGEING_S
+        if request.deadline is not None:
+            leave_by = min(leave_by, request.deadline - forward_s)
+            urgency = min(urgency, request.deadline)
+        urgency -= AGEING_S * request.priority
+        heapq.heappush(self._by_urgency, (urgency, self._arrivals, request))
+        heapq.heappush(self._by_leave, (leave_by, self._arrivals, request))
+
+    def forget(self, request: Request) -> None:
+        """Account for a request that is no longer ``QUEUED``."""
+        self.rows -= request.rows
+        self._forgotten += 1
+        if self._forgotten > 64 and self._forgotten > len(self._ordinary) // 2:
+            self._forgotten = 0
+            self._ordinary = deque(r for r in self._ordinary if r.state is _QUEUED)
+            for heap in (self._by_urgency, self._by_leave):
+                heap[:] = [entry for entry in heap if entry[2].state is _QUEUED]
+                heapq.heapify(heap)
+
+    def urgency(self) -> float:
+        """The urgency of the first request; infinite if there is none."""
+        ordinary = self._first_ordinary()
+        special = _first(self._by_urgency)
+        return min(
+            math.inf if ordinary is None else ordinary.submitted_at + AGEING_S,
+            math.inf if special is None else special[0],
+        )
+
+    def leave_by(self) -> float:
+        """When the next of its requests must leave; infinite if there is none."""
+        ordinary = self._first_ordinary()
+        special = _first(self._by_leave)
+        return min(
+            math.inf if ordinary is None else ordinary.submitted_at + self._timeout,
+            math.inf if special is None else special[0],
+        )
+
+    def take(self, max_rows: int, now: float) -> tuple[list[Request], int, list[Request]]:
+        """Take the most urgent requests that fit; also the expired ones met on the way."""
+        taken: list[Request] = []
+        expired: list[Request] = []
+        rows = 0
+        while rows < max_rows:
+            if self._by_urgency:
+                request = self._most_urgent()
+            else:
+                request = self._first_ordinary()
+            if request is None:
+                break
+            if request.deadline is not None and request.deadline <= now:
+                request.state = State.DONE
+                self.rows -= request.rows
+                expired.append(request)
+                continue
+            if rows + request.rows > max_rows:
+                break
+            request.state = _RUNNING  # which takes it out of the queue
+            rows += request.rows
+            taken.append(request)
+        self.rows -= rows
+        return taken, rows, expired
+
+    def _most_urgent(self) -> Request | None:
+        ordinary = self._first_ordinary()
+        special = _first(self._by_urgency)
+        if special is None or (
+            ordinary is not None and ordinary.submitted_at + AGEING_S <= special[0]
+        ):
+            return ordinary
+        return special[2]
+
+    def _first_ordinary(self) -> Request | None:
+        ordinary = self._ordinary
+        while ordinary:
+            request = ordinary[0]
+            if request.state is _QUEUED:
+                return request
+            ordinary.popleft()
+        return None
+
+
+def _first(heap: list[tuple[float, int, Request]]) -> tuple[float, int, Request] | None:
+    while heap:
+        if heap[0][2].state is _QUEUED:
+            return heap[0]
+        heapq.heappop(heap)
+    return None

@@ -1,0 +1,65 @@
+"""The event loop behind ``start()``: one background thread, entered through a portal."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from anyio.from_thread import BlockingPortal
+
+try:
+    from uvloop import new_event_loop as _new_event_loop
+except ImportError:  # pragma: no cover - uvloop does not exist for every platform
+    from asyncio import new_event_loop as _new_event_loop
+
+T = TypeVar("T")
+
+
+class BackgroundLoop:
+    """An event loop (uvloop where installed) in a daemon thread.
+
+    anyio's ``start_blocking_portal`` does the same in a thread that the interpreter joins on
+    exit, so a forgotten ``shutdown()`` would hang the program at its end.
+    """
+
+    def __init__(self) -> None:
+        started: Future[BlockingPortal] = Future()
+        self._thread = threading.Thread(
+            target=self._run, args=(started,), name="aioinfer-loop", daemon=True
+        )
+        self._thread.start()
+        self._portal = started.result()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    def call(self, function: Callable[..., Awaitable[T]], *args: Any) -> T:
+        """Run a coroutine function on the loop and wait for its result."""
+        return self._portal.call(function, *args)
+
+    def close(self) -> None:
+        """End the loop and the thread, cancelling what still runs on it."""
+        self._portal.start_task_soon(self._portal.stop, True)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    @staticmethod
+    def _run(started: Future[BlockingPortal]) -> None:
+        async def main() -> None:
+            async with BlockingPortal() as portal:
+                started.set_result(portal)
+                await portal.sleep_until_stopped()
+
+        try:
+            with asyncio.Runner(loop_factory=_new_event_loop) as runner:
+                runner.run(main())
+        except BaseException as error:
+            if not started.done():
+                started.set_exception(error)
+                return
+            raise

@@ -1,0 +1,285 @@
+"""The actor's end: clients for coroutines and for threads.
+
+A client checks and describes the request, stamps its deadline, and leaves the way to the
+server to its transport. It owns what its caller waits on: the transport resolves that once,
+and a caller that stops waiting says so, so that nothing is computed for it in vain.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import math
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from tensordict import TensorDictBase
+from tensordict.nn import InteractionType
+
+from aioinfer.errors import ServerClosedError
+from aioinfer.request import GivenUp, Request, Source
+from aioinfer.signature import describe
+from aioinfer.waiting import Waiter
+
+if TYPE_CHECKING:
+    from aioinfer.transports.base import InferenceTransport
+
+
+class _Client:
+    """What both kinds of client share."""
+
+    def __init__(self, transport: InferenceTransport) -> None:
+        self._transport = transport
+        self._send = transport.send
+        self._source = Source()
+        transport.join(self._source)
+        # The batcher waits for clients that may still ask; one that is gone will not.
+        self._finalizer = weakref.finalize(self, transport.leave, self._source)
+        self._finalizer.atexit = False
+
+    def close(self) -> None:
+        """Say that this client will not ask again, so that no batch waits for it.
+
+        Dropping the last reference does the same. Calling a closed client still works.
+        """
+        self._finalizer()
+
+    def _request(
+        self,
+        td: TensorDictBase,
+        timeout: float | None,
+        priority: int,
+        interaction_type: InteractionType | str | None,
+        handle: Any,
+    ) -> Request:
+        mode = None if interaction_type is None else _mode(interaction_type)
+        data, rows, batched, signature = describe(td, mode)
+        if timeout is not None:
+            timeout = _seconds(timeout)
+        if priority:
+            _check_priority(priority)
+        return Request(data, rows, batched, signature, timeout, priority, self._source, handle)
+
+
+class InferenceClient(_Client):
+    """Sends requests from coroutines: ``await client(td)``.
+
+    Get one from :meth:`InferenceServer.client` or from a transport. A client may be shared
+    by many coroutines and have many requests in flight.
+
+    Args:
+        transport: the link to the server.
+    """
+
+    async def __call__(
+        self,
+        td: TensorDictBase,
+        *,
+        timeout: float | None = None,
+        priority: int = 0,
+        interaction_type: InteractionType | str | None = None,
+    ) -> TensorDictBase:
+        """Send one request and await its answer. Cancelling the await withdraws the request.
+
+        Args:
+            td: batch size ``[]`` (one row) or ``[K]`` (K rows). Its tensors must not be
+                written to until the answer is here.
+            timeout: seconds from now until :class:`TimeoutError`; ``None`` waits for ever.
+            priority: larger is served sooner.
+            interaction_type: the sampling mode of the forward, e.g. ``"deterministic"``;
+                ``None`` leaves it to the policy.
+
+        Returns:
+            The policy's output for these rows, with the request's own batch size.
+
+        Raises:
+            TimeoutError: no answer in time.
+            InvalidRequestError: the request cannot be served.
+            ModelError: the policy failed on it.
+            ServerClosedError: no server is running.
+            ServerDiedError: the server went away.
+        """
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[TensorDictBase] = loop.create_future()
+        request = self._request(td, timeout, priority, interaction_type, future)
+        self._send(request, loop)
+        if timeout is not None:
+            return await self._within(request, loop, timeout)
+        try:
+            return await future
+        except asyncio.CancelledError:
+            self._transport.give_up(request, GivenUp.CANCELLED)
+            raise
+
+    def submit(
+        self,
+        td: TensorDictBase,
+        *,
+        timeout: float | None = None,
+        priority: int = 0,
+        interaction_type: InteractionType | str | None = None,
+        block: bool = True,
+    ) -> asyncio.Future[TensorDictBase]:
+        """Send one request and return a future of its answer, without waiting.
+
+        Cancelling the future withdraws the request. See :meth:`__call__` for the arguments.
+
+        Args:
+            block: where the queue is full, true lets the request wait for room (it counts
+                against nobody's memory but the caller's own), false refuses it.
+
+        Raises:
+            QueueFullError: the queue is full and ``block`` is false.
+        """
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[TensorDictBase] = loop.create_future()
+        request = self._request(td, timeout, priority, interaction_type, future)
+        self._send(request, loop, block=block)
+        timer = None if timeout is None else self._arm(request, loop, timeout)
+
+        def settled(future: asyncio.Future[TensorDictBase]) -> None:
+            if timer is not None:
+                timer.cancel()
+            if future.cancelled():
+                self._transport.give_up(request, GivenUp.CANCELLED)
+
+        future.add_done_callback(settled)
+        return future
+
+    async def _within(
+        self, request: Request, loop: asyncio.AbstractEventLoop, timeout: float
+    ) -> TensorDictBase:
+        timer = self._arm(request, loop, timeout)
+        future: asyncio.Future[TensorDictBase] = request.handle
+        try:
+            return await future
+        except asyncio.CancelledError:
+            self._transport.give_up(request, GivenUp.CANCELLED)
+            raise
+        finally:
+            timer.cancel()
+
+    def _arm(self, request: Request, loop: asyncio.AbstractEventLoop, timeout: float) -> Any:
+        def expire() -> None:
+            if not request.handle.done():
+                request.handle.set_exception(_late(timeout))
+                self._transport.give_up(request, GivenUp.TIMED_OUT)
+
+        assert request.deadline is not None
+        return self._transport.clock.call_at(loop, request.deadline, expire)
+
+
+class SyncInferenceClient(_Client):
+    """Sends requests from threads: ``client(td)`` blocks the calling thread only.
+
+    One client may be shared by many threads. Never call it from a coroutine: it would block
+    that coroutine's event loop.
+
+    Args:
+        transport: the link to the server.
+    """
+
+    def __call__(
+        self,
+        td: TensorDictBase,
+        *,
+        timeout: float | None = None,
+        priority: int = 0,
+        interaction_type: InteractionType | str | None = None,
+    ) -> TensorDictBase:
+        """Send one request and wait for its answer.
+
+        Arguments, result and errors are those of :meth:`InferenceClient.__call__`.
+        """
+        waiter = Waiter()
+        request = self._request(td, timeout, priority, interaction_type, waiter)
+        self._send(request, None)
+        try:
+            answered = waiter.wait(timeout)
+        except BaseException:  # KeyboardInterrupt
+            self._transport.give_up(request, GivenUp.CANCELLED)
+            raise
+        if not answered:
+            assert timeout is not None
+            self._transport.give_up(request, GivenUp.TIMED_OUT)
+            raise _late(timeout)
+        answer: TensorDictBase = waiter.result()
+        return answer
+
+    def submit(
+        self,
+        td: TensorDictBase,
+        *,
+        timeout: float | None = None,
+        priority: int = 0,
+        interaction_type: InteractionType | str | None = None,
+        block: bool = True,
+    ) -> concurrent.futures.Future[TensorDictBase]:
+        """Send one request and return a future of its answer.
+
+        Cancelling the future withdraws the request. See :meth:`__call__` for the arguments.
+
+        Args:
+            block: where the queue is full, true waits for room, false refuses the request.
+
+        Raises:
+            QueueFullError: the queue is full and ``block`` is false.
+            TimeoutError: ``timeout`` passed while waiting for room.
+        """
+        future: concurrent.futures.Future[TensorDictBase] = concurrent.futures.Future()
+        request = self._request(td, timeout, priority, interaction_type, future)
+        if block and not self._transport.wait_for_room(request.rows, timeout):
+            assert timeout is not None
+            raise _late(timeout)
+        self._send(request, None, block=block)
+        timer = None if timeout is None else self._arm(request, timeout)
+
+        def settled(future: concurrent.futures.Future[TensorDictBase]) -> None:
+            if timer is not None:
+                timer.cancel()
+            if future.cancelled():
+                self._transport.give_up(request, GivenUp.CANCELLED)
+
+        future.add_done_callback(settled)
+        return future
+
+    def _arm(self, request: Request, timeout: float) -> Any:
+        def expire() -> None:
+            try:
+                request.handle.set_exception(_late(timeout))
+            except concurrent.futures.InvalidStateError:
+                return
+            self._transport.give_up(request, GivenUp.TIMED_OUT)
+
+        assert request.deadline is not None
+        try:
+            return self._transport.call_at(request.deadline, expire)
+        except ServerClosedError:  # closing; the request is answered before it ends
+            return None
+
+
+def _late(timeout: float) -> TimeoutError:
+    return TimeoutError(f"no answer within timeout={timeout} s of the submission")
+
+
+def _seconds(timeout: Any) -> float:
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
+        raise TypeError(f"timeout must be a number of seconds or None, got {timeout!r}")
+    if not 0 <= timeout < math.inf:
+        raise ValueError(f"timeout must be a finite number of seconds >= 0, got {timeout!r}")
+    return float(timeout)
+
+
+def _check_priority(priority: Any) -> None:
+    if isinstance(priority, bool) or not isinstance(priority, int):
+        raise TypeError(f"priority must be an int (larger is served sooner), got {priority!r}")
+
+
+def _mode(interaction_type: Any) -> InteractionType:
+    try:
+        return InteractionType(interaction_type)
+    except ValueError:
+        allowed = ", ".join(repr(mode.value) for mode in InteractionType)
+        raise ValueError(
+            f"interaction_type must be one of {allowed} or None, got {interaction_type!r}"
+        ) from None

@@ -1,0 +1,210 @@
+"""Requests to one batch, and the policy's answer back to one result per request.
+
+Plain requests (one level of tensors, see :mod:`aioinfer.signature`) are handled leaf by
+leaf: one ``stack`` and one ``unbind`` per leaf whatever the number of requests. Building a
+TensorDict per row first would cost ten times that. Everything else (nested, tensorclass,
+lazy stack, non-tensor data, a ``collate_fn``) goes through TensorDict's own operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase, is_tensor_collection
+
+from aioinfer.errors import ModelError
+from aioinfer.request import Request
+from aioinfer.signature import Signature
+
+CollateFn = Callable[[list[TensorDictBase]], TensorDictBase]
+
+_ROW = torch.Size([])
+
+# TensorDict's own constructor checks what is known to hold here, at four times the cost.
+_new: Callable[..., TensorDict] = getattr(TensorDict, "_new_unsafe", TensorDict)
+
+
+class Collator:
+    """Builds batches and takes results apart.
+
+    Args:
+        collate_fn: makes a batch of a list of single rows; ``None`` stacks them.
+        device: where the batch goes; ``None`` leaves it where the requests are.
+        output_device: where the results go; ``None`` leaves them where the policy put them.
+        out_keys: what a result holds; ``None`` means all that the policy returned.
+        version_key: under which the policy version is added, ``None`` for not at all.
+        return_inputs: whether a result holds the request's own entries too.
+    """
+
+    def __init__(
+        self,
+        *,
+        collate_fn: CollateFn | None,
+        device: torch.device | None,
+        output_device: torch.device | None,
+        out_keys: Sequence[Any] | None,
+        version_key: Any,
+        return_inputs: bool,
+    ) -> None:
+        self._collate_fn = collate_fn
+        self._device = device
+        self._output_device = output_device
+        self._out_keys = None if out_keys is None else [key for key in out_keys if key != "_"]
+        self._plain_out_keys = all(isinstance(key, str) for key in self._out_keys or ())
+        self._version_key = version_key
+        self._return_inputs = return_inputs
+
+    # -- requests to a batch ------------------------------------------------
+
+    def collate(self, requests: Sequence[Request], rows: int) -> TensorDictBase:
+        """Concatenate the rows of requests of one signature, in order.
+
+        Raises:
+            ModelError: the ``collate_fn`` made something else than ``rows`` rows.
+        """
+        signature: Signature = requests[0].signature  # type: ignore[assignment]
+        if self._collate_fn is not None:
+            batch = self._collate_fn([row for r in requests for row in _rows_of(r)])
+            _check_rows(batch, rows, "collate_fn")
+        elif signature.plain:
+            batch = _new(_concatenate(requests, signature), torch.Size([rows]))
+        else:
+            batch = torch.stack([row for r in requests for row in _rows_of(r)])
+        return batch if self._device is None else batch.to(self._device)
+
+    # -- the answer to results ----------------------------------------------
+
+    def split(
+        self, answer: Any, requests: Sequence[Request], rows: int, version: int
+    ) -> list[TensorDictBase]:
+        """Take the policy's answer apart, in the order of the requests.
+
+        Raises:
+            ModelError: the answer is not a TensorDict of ``rows`` rows with all out_keys.
+        """
+        _check_rows(answer, rows, "the policy")
+        columns = self._columns(answer, rows)
+        if columns is None:
+            results = self._split_any(answer, requests, rows, version)
+        else:
+            if self._version_key is not None:
+                columns[self._version_key] = torch.full((rows,), version)
+            results = _split_columns(columns, requests, rows)
+        if self._return_inputs:
+            results = [_with_inputs(r, result) for r, result in zip(requests, results, strict=True)]
+        return results
+
+    def _columns(self, answer: TensorDictBase, rows: int) -> dict[str, torch.Tensor] | None:
+        """The leaves of the answer by name, if they are all plain tensors of one level."""
+        if not self._plain_out_keys or not isinstance(self._version_key, str | None):
+            return None
+        if self._out_keys is None:
+            leaves = dict(answer.items())
+        else:
+            leaves = {key: answer.get(key, None) for key in self._out_keys}
+        columns = {}
+        for key, leaf in leaves.items():
+            if type(leaf) is not torch.Tensor:
+                return None
+            columns[key] = self._outbound(leaf)
+        return columns
+
+    def _outbound(self, leaf: torch.Tensor) -> torch.Tensor:
+        if self._output_device is not None:
+            leaf = leaf.to(self._output_device)
+        if leaf.numel() and 0 in leaf.stride() and leaf.stride()[0] == 0 and leaf.shape[0] > 1:
+            # Expanded: its rows share memory, and one caller's in-place change would reach
+            # the others (and the policy, if this is a parameter).
+            leaf = leaf.clone(memory_format=torch.contiguous_format)
+        return leaf
+
+    def _split_any(
+        self, answer: TensorDictBase, requests: Sequence[Request], rows: int, version: int
+    ) -> list[TensorDictBase]:
+        if self._out_keys is not None:
+            missing = [key for key in self._out_keys if answer.get(key, None) is None]
+            if missing:
+                raise ModelError(
+                    f"the policy did not write {missing!r} of its out_keys {self._out_keys!r}"
+                )
+            selected = TensorDict({}, batch_size=answer.batch_size[:1])
+            for key in self._out_keys:
+                selected.set(key, answer.get(key))
+            answer = selected
+        else:
+            answer = answer.copy()
+        if self._output_device is not None:
+            answer = answer.to(self._output_device)
+        if self._version_key is not None:
+            answer.set(self._version_key, torch.full(answer.batch_size, version))
+        results = []
+        start = 0
+        for request in requests:
+            piece = answer[start : start + request.rows] if request.batched else answer[start]
+            results.append(piece.clone())
+            start += request.rows
+        return results
+
+
+def _concatenate(requests: Sequence[Request], signature: Signature) -> dict[str, torch.Tensor]:
+    batch = {}
+    bare = not any([request.batched for request in requests])
+    for i, key in enumerate(signature.keys):
+        if bare:
+            batch[key] = torch.stack([request.data[i] for request in requests])
+        else:
+            batch[key] = torch.cat(
+                [r.data[i] if r.batched else r.data[i].unsqueeze(0) for r in requests]
+            )
+    return batch
+
+
+def _split_columns(
+    columns: dict[str, torch.Tensor], requests: Sequence[Request], rows: int
+) -> list[TensorDictBase]:
+    names = tuple(columns)
+    if rows == len(requests) and not any([request.batched for request in requests]):
+        pieces = [column.unbind(0) for column in columns.values()]
+        return [_new(dict(zip(names, row)), _ROW) for row in zip(*pieces)]  # noqa: B905
+    results: list[TensorDictBase] = []
+    start = 0
+    for request in requests:
+        where: Any = slice(start, start + request.rows) if request.batched else start
+        size = torch.Size([request.rows]) if request.batched else _ROW
+        results.append(_new({name: column[where] for name, column in columns.items()}, size))
+        start += request.rows
+    return results
+
+
+def tensordict_of(request: Request) -> TensorDictBase:
+    """The request's rows as the TensorDict its caller sent."""
+    signature: Signature = request.signature  # type: ignore[assignment]
+    if not signature.plain:
+        return request.data
+    size = torch.Size([request.rows]) if request.batched else _ROW
+    return _new(dict(zip(signature.keys, request.data, strict=True)), size)
+
+
+def _rows_of(request: Request) -> list[TensorDictBase]:
+    td = tensordict_of(request)
+    return list(td.unbind(0)) if request.batched else [td]
+
+
+def _with_inputs(request: Request, result: TensorDictBase) -> TensorDictBase:
+    both = tensordict_of(request).copy()
+    both.update(result)
+    return both
+
+
+def _check_rows(answer: Any, rows: int, who: str) -> None:
+    if not is_tensor_collection(answer):
+        raise ModelError(
+            f"{who} returned {type(answer).__name__}, expected a TensorDict of {rows} rows"
+        )
+    batch_size = answer.batch_size
+    if not batch_size or batch_size[0] != rows:
+        raise ModelError(
+            f"{who} returned batch_size {list(batch_size)} for a batch of {rows} rows"
+        )

@@ -1,0 +1,129 @@
+"""One pending request, who sent it, and where its answer goes.
+
+These are plain records: every other module reads them, none of them reads the others.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Hashable, Sequence
+from typing import Any, Protocol
+
+
+class State(enum.IntEnum):
+    """Where a request is on its way; it only ever moves forward."""
+
+    SUBMITTED = 0  # handed over, not yet seen by the batcher
+    QUEUED = 1  # waiting in the batcher
+    RUNNING = 2  # chosen for a batch
+    DONE = 3  # answered, or given up by its caller before the forward
+
+
+class GivenUp(enum.Enum):
+    """Why a caller no longer wants its answer."""
+
+    CANCELLED = "cancelled"
+    TIMED_OUT = "timed out"
+
+
+class Source:
+    """A client as the batcher sees it: how many of its callers may soon ask again.
+
+    ``expected`` counts the answers this client has received and not yet followed by a
+    new request. It is only meaningful while ``epoch`` equals the batcher's, which moves
+    on when a batch leaves without those it was expecting (see :mod:`aioinfer.batching`).
+    """
+
+    __slots__ = ("__weakref__", "epoch", "expected", "live")
+
+    def __init__(self) -> None:
+        self.expected = 0
+        self.epoch = -1
+        self.live = False
+
+
+class ReplyPort(Protocol):
+    """Takes the answers of one batch to the callers behind one link."""
+
+    on_loop: bool
+    """True: :meth:`deliver` must run on the server's loop. False: any thread may call it."""
+
+    def deliver(self, outcomes: Sequence[tuple[Request, Any]]) -> None:
+        """Answer every request with its result or, if it is one, its exception.
+
+        Must not raise, must not block, and must leave callers alone that have gone.
+        """
+
+
+class Request:
+    """One request: what it asks, until when, and how to answer it.
+
+    Attributes:
+        data: the tuple of leaf tensors where ``signature.plain``, else the TensorDict.
+        rows: how many rows it holds, at least 1.
+        batched: whether it came with a batch dimension (``[K]``) or as a bare row (``[]``).
+        signature: hashable; requests share a batch only if their signatures are equal.
+        timeout: seconds from submission until nobody wants the answer, or ``None``.
+        submitted_at: when it was submitted, in seconds on the server's clock.
+        deadline: ``submitted_at + timeout``, or ``None``.
+        priority: larger is served sooner.
+        source: the client it came from.
+        special: whether it is anything but one row without priority and timeout.
+        port: where the answer goes.
+        handle: what ``port`` needs to find the caller (a future, a message id).
+        state: see :class:`State`.
+        given_up: set by the caller when it no longer wants the answer.
+        parts: the pieces it was split into because it was larger than a batch.
+        whole: the request this is a piece of.
+    """
+
+    __slots__ = (
+        "batched",
+        "data",
+        "deadline",
+        "given_up",
+        "handle",
+        "parts",
+        "port",
+        "priority",
+        "rows",
+        "signature",
+        "source",
+        "special",
+        "state",
+        "submitted_at",
+        "timeout",
+        "whole",
+    )
+
+    port: ReplyPort
+
+    def __init__(
+        self,
+        data: Any,
+        rows: int,
+        batched: bool,
+        signature: Hashable,
+        timeout: float | None,
+        priority: int,
+        source: Source,
+        handle: Any,
+    ) -> None:
+        self.data = data
+        self.rows = rows
+        self.batched = batched
+        self.special = batched or priority != 0 or timeout is not None
+        self.signature = signature
+        self.timeout = timeout
+        self.submitted_at = 0.0
+        self.deadline: float | None = None
+        self.priority = priority
+        self.source = source
+        self.handle = handle
+        self.state = State.SUBMITTED
+        self.given_up: GivenUp | None = None
+        self.parts: list[Request] | None = None
+        self.whole: Request | None = None
+
+    def __repr__(self) -> str:
+        return f"<Request {self.state.name.lower()} rows={self.rows} at {id(self):#x}>"

@@ -1,0 +1,430 @@
+"""The server as its users see it: what it is made of, and its life."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import math
+import threading
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import anyio.to_thread
+import torch
+from tensordict import TensorDictBase
+
+from aioinfer.batching import Batcher
+from aioinfer.blocking import BackgroundLoop
+from aioinfer.client import InferenceClient, SyncInferenceClient
+from aioinfer.clock import Clock, MonotonicClock
+from aioinfer.collation import CollateFn, Collator
+from aioinfer.errors import InvalidRequestError
+from aioinfer.executor import Executor, ForwardPass, ThreadExecutor, sampling_modules
+from aioinfer.serving import Serving
+from aioinfer.signature import Signature
+from aioinfer.stats import ServerStats, StatsRecorder
+from aioinfer.transports.base import InferenceTransport
+
+T = TypeVar("T")
+
+Policy = Callable[[Any], TensorDictBase]
+
+
+class InferenceServer:
+    """Serves one policy to many actors, in batches.
+
+    In asyncio, the server is a task of the running loop::
+
+        async with InferenceServer(policy, AsyncioTransport(), max_batch_size=32) as server:
+            client = server.client()
+            td = await client(TensorDict({"observation": obs}))
+
+    For threads, it runs on an event loop of its own in a background thread::
+
+        transport = ThreadingTransport()
+        server = InferenceServer(policy, transport, max_batch_size=32)
+        server.start()
+        client = transport.client()
+        td = client(TensorDict({"observation": obs}))
+        server.shutdown()
+
+    A closed server can be started again, on the same event loop or another one. The policy is
+    used as it is: put it into ``eval()`` mode if that is how it should act.
+
+    Args:
+        model: maps a TensorDict of ``[B]`` rows to one of ``[B]`` rows. An ``nn.Module``,
+            ``TensorDictModule`` or any callable. It runs under :func:`torch.no_grad`, on one
+            thread of its own. If it has ``in_keys``, requests without them are refused; if it
+            has ``out_keys``, those are what a reply holds.
+        transport: the link to the actors, or several; ``None`` serves coroutines of any event
+            loop and threads of this process.
+        max_batch_size: rows in a forward at most.
+        min_batch_size: rows worth a forward: a batch leaves once it has them, or after
+            ``timeout``. ``None`` lets the server decide: a batch leaves once everybody who is
+            expected is waiting, or after ``timeout``.
+        timeout: seconds that the server may hold a request back to fill its batch.
+        max_queue_size: rows that may wait; more wait outside, or are refused if they were
+            sent with ``block=False``. ``None`` stands for 64 full batches, at least 4096 rows.
+        collate_fn: makes a batch of a list of single-row TensorDicts; ``None`` stacks them.
+        device: where the policy is moved to, and each batch; ``None`` leaves both.
+        output_device: where replies are moved to; ``None`` leaves them where the policy put
+            them.
+        policy_version: the version the policy starts with.
+        policy_version_key: where a reply says which version computed it (int64, of the
+            request's batch size); ``None`` leaves it out.
+        return_inputs: whether a reply holds the request's own entries too.
+        clock: the clock of everything that has to do with time; for tests.
+        executor: runs the batches; for tests. ``None`` is one thread.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: an argument out of its range; the message says what is allowed.
+    """
+
+    def __init__(
+        self,
+        model: Policy,
+        transport: InferenceTransport | Sequence[InferenceTransport] | None = None,
+        *,
+        max_batch_size: int = 64,
+        min_batch_size: int | None = None,
+        timeout: float = 0.002,
+        max_queue_size: int | None = None,
+        collate_fn: CollateFn | None = None,
+        device: torch.device | str | None = None,
+        output_device: torch.device | str | None = None,
+        policy_version: int = 0,
+        policy_version_key: Any = "policy_version",
+        return_inputs: bool = False,
+        clock: Clock | None = None,
+        executor: Executor | None = None,
+    ) -> None:
+        if not callable(model):
+            raise TypeError(f"model must be callable on a TensorDict, got {model!r}")
+        self._transports = _transports(transport)
+        self._max_batch_size = _count("max_batch_size", max_batch_size)
+        self._min_batch_size = (
+            None if min_batch_size is None else _count("min_batch_size", min_batch_size)
+        )
+        if self._min_batch_size is not None and self._min_batch_size > self._max_batch_size:
+            raise ValueError(
+                f"min_batch_size must be between 1 and max_batch_size={max_batch_size}, "
+                f"got {min_batch_size}"
+            )
+        self._timeout = _duration("timeout", timeout)
+        self._max_queue_size = (
+            max(4096, 64 * self._max_batch_size)
+            if max_queue_size is None
+            else _count("max_queue_size", max_queue_size)
+        )
+        if collate_fn is not None and not callable(collate_fn):
+            raise TypeError(f"collate_fn must be callable or None, got {collate_fn!r}")
+        self._model = model
+        self._clock: Clock = MonotonicClock() if clock is None else clock
+        self._version = policy_version
+        self._in_keys = None if collate_fn is not None else getattr(model, "in_keys", None)
+        on = None if device is None else torch.device(device)
+        if on is not None and isinstance(model, torch.nn.Module):
+            model.to(on)
+        collator = Collator(
+            collate_fn=collate_fn,
+            device=on,
+            output_device=None if output_device is None else torch.device(output_device),
+            out_keys=getattr(model, "out_keys", None),
+            version_key=policy_version_key,
+            return_inputs=return_inputs,
+        )
+        self._forward = ForwardPass(model, collator, lambda: self._version, self._clock)
+        self._executor: Executor = ThreadExecutor() if executor is None else executor
+        self._recorder = StatsRecorder(self._clock())
+        self._serving: Serving | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._background: BackgroundLoop | None = None
+        self._lifecycle = threading.RLock()
+
+    # -- clients ------------------------------------------------------------
+
+    def client(self) -> InferenceClient | SyncInferenceClient:
+        """Return a new client of the (first) transport, of the kind natural for it."""
+        return self._transports[0].client()
+
+    def async_client(self) -> InferenceClient:
+        """Return a new client for coroutines, of the (first) transport."""
+        return self._transports[0].async_client()
+
+    def sync_client(self) -> SyncInferenceClient:
+        """Return a new client for threads, of the (first) transport."""
+        return self._transports[0].sync_client()
+
+    # -- the policy ---------------------------------------------------------
+
+    @property
+    def model(self) -> Policy:
+        """The policy. Change it through :meth:`update_model` only."""
+        return self._model
+
+    @property
+    def policy_version(self) -> int:
+        """The version that serves now."""
+        return self._version
+
+    def update_model(
+        self, update_fn: Callable[[Any], T], *, mark_weight_update: bool = True
+    ) -> T:
+        """Change the policy between two batches, and wait until that is done.
+
+        Args:
+            update_fn: called with the policy on the executor thread, with gradients enabled
+                and no forward running.
+            mark_weight_update: whether this makes a new version of the policy.
+
+        Returns:
+            What ``update_fn`` returned. If it raises, the version stays and the exception
+            comes from here; what it had changed by then stays changed.
+
+        Raises:
+            RuntimeError: called on the server's own event loop; await :meth:`aupdate_model`.
+        """
+        self._not_on_loop("update_model()", "await aupdate_model()")
+        return self._executor.call(self._update(update_fn, mark_weight_update)).result()
+
+    async def aupdate_model(
+        self, update_fn: Callable[[Any], T], *, mark_weight_update: bool = True
+    ) -> T:
+        """Change the policy between two batches; the awaitable :meth:`update_model`."""
+        future = self._executor.call(self._update(update_fn, mark_weight_update))
+        return await asyncio.wrap_future(future)
+
+    def _update(self, update_fn: Callable[[Any], T], mark: bool) -> Callable[[], T]:
+        def update() -> T:
+            with torch.enable_grad():
+                result = update_fn(self._model)
+            if mark:
+                self._version += 1
+                self._recorder.weight_updates += 1
+            return result
+
+        return update
+
+    # -- what it does -------------------------------------------------------
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the server serves."""
+        task = self._task
+        return task is not None and not task.done() and not task.get_loop().is_closed()
+
+    def stats(self, *, reset: bool = False) -> ServerStats:
+        """Return what the server did since it was started, or since the last reset.
+
+        Args:
+            reset: whether to start counting anew.
+        """
+        serving = self._serving
+        return self._recorder.snapshot(
+            self._clock(),
+            queue_depth=0 if serving is None else serving.queue_depth,
+            policy_version=self._version,
+            reset=reset,
+        )
+
+    # -- life in asyncio ----------------------------------------------------
+
+    async def __aenter__(self) -> Self:
+        await self._open()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self, *, drain: bool = True) -> None:
+        """Close the server; harmless if it is closed.
+
+        New requests are refused with :class:`~aioinfer.errors.ServerClosedError` from now on.
+
+        Args:
+            drain: whether requests accepted so far are still answered; if not, those that
+                wait fail with :class:`~aioinfer.errors.ServerClosedError`.
+        """
+        task, serving = self._task, self._serving
+        if task is None or serving is None or not self.is_alive:
+            return
+        if serving.loop is not asyncio.get_running_loop():
+            await anyio.to_thread.run_sync(lambda: self.shutdown(drain=drain))
+            return
+        await self._close(None, drain)
+
+    async def _open(self) -> None:
+        if self.is_alive:
+            raise RuntimeError("this server is already running; close it before starting it again")
+        self._recorder = StatsRecorder(self._clock())
+        batcher = Batcher(
+            max_batch_size=self._max_batch_size,
+            min_batch_size=self._min_batch_size,
+            timeout=self._timeout,
+            max_queue_size=self._max_queue_size,
+        )
+        serving = Serving(
+            self._transports,
+            batcher,
+            self._executor,
+            self._forward,
+            self._recorder,
+            self._clock,
+            self._admit,
+        )
+        await serving.open()
+        self._serving = serving
+        self._task = asyncio.create_task(serving.run(), name="InferenceServer")
+
+    async def _close(self, timeout: float | None, drain: bool) -> None:
+        serving, task = self._serving, self._task
+        assert serving is not None
+        assert task is not None
+        serving.close(drain=drain)
+        # Not awaited itself: cancelling aclose() must not cancel the server's task.
+        done, _ = await asyncio.wait([task], timeout=timeout)
+        if not done:
+            serving.close(drain=False)
+            await asyncio.wait([task])
+
+    # -- life in threads ----------------------------------------------------
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.shutdown()
+
+    def start(self) -> Self:
+        """Start the server on an event loop of its own, in a background thread.
+
+        Returns:
+            The server itself.
+
+        Raises:
+            RuntimeError: it is already running.
+        """
+        with self._lifecycle:
+            if self.is_alive:
+                raise RuntimeError(
+                    "this server is already running; close it before starting it again"
+                )
+            background = BackgroundLoop()
+            try:
+                background.call(self._open)
+            except BaseException:
+                background.close()
+                raise
+            self._background = background
+            # A program that forgets shutdown() still ends without a forward being cut off.
+            atexit.register(self.shutdown)
+        return self
+
+    def shutdown(self, timeout: float | None = None, *, drain: bool = True) -> None:
+        """Close the server from a thread, and wait for it; harmless if it is closed.
+
+        Args:
+            timeout: seconds to drain; then what still waits fails with
+                :class:`~aioinfer.errors.ServerClosedError`. ``None`` waits for as long as
+                the accepted requests take.
+            drain: as in :meth:`aclose`.
+
+        Raises:
+            RuntimeError: called on the server's own event loop; await :meth:`aclose`.
+        """
+        if timeout is not None:
+            timeout = _duration("timeout", timeout)
+        self._not_on_loop("shutdown()", "await aclose()")
+        with self._lifecycle:
+            background, self._background = self._background, None
+            if background is not None:
+                atexit.unregister(self.shutdown)
+                try:
+                    if self.is_alive:
+                        background.call(self._close, timeout, drain)
+                finally:
+                    background.close()
+                return
+        serving = self._serving
+        if serving is not None and self.is_alive:
+            asyncio.run_coroutine_threadsafe(self._close(timeout, drain), serving.loop).result()
+
+    # -- inside -------------------------------------------------------------
+
+    def _not_on_loop(self, what: str, instead: str) -> None:
+        try:
+            running = asyncio.get_running_loop()
+        except RuntimeError:
+            return
+        serving = self._serving
+        if serving is not None and serving.loop is running and self.is_alive:
+            raise RuntimeError(
+                f"{what} would block the server's own event loop; use `{instead}` there"
+            )
+
+    def _admit(self, signature: Signature) -> None:
+        for in_key in self._in_keys or ():
+            if not _has(signature, in_key):
+                raise InvalidRequestError(
+                    f"the request has no {in_key!r}, which is one of the policy's in_keys "
+                    f"{list(self._in_keys or ())!r}; it has: {signature}"
+                )
+        if signature.mode is not None and not sampling_modules(self._model):
+            raise InvalidRequestError(
+                f"interaction_type={signature.mode.value!r} was given, but the policy has no "
+                "ProbabilisticTensorDictModule that could sample accordingly"
+            )
+
+
+def _has(signature: Signature, in_key: Any) -> bool:
+    """Whether a request holds ``in_key``, as a leaf or as a nested TensorDict."""
+    wanted = in_key if isinstance(in_key, tuple) else (in_key,)
+    for key in signature.keys:
+        path = key if isinstance(key, tuple) else (key,)
+        if path[: len(wanted)] == wanted:
+            return True
+    return False
+
+
+def _transports(transport: Any) -> list[InferenceTransport]:
+    if transport is None:
+        return [InferenceTransport.default()]
+    transports = [transport] if isinstance(transport, InferenceTransport) else transport
+    if not isinstance(transports, Sequence) or not all(
+        isinstance(t, InferenceTransport) for t in transports
+    ):
+        raise TypeError(
+            "transport must be an InferenceTransport, a sequence of them, or None, "
+            f"got {transport!r}"
+        )
+    if not transports:
+        raise ValueError("transport is an empty sequence; give at least one, or None")
+    return list(transports)
+
+
+def _count(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return value
+
+
+def _duration(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number of seconds, got {value!r}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be a finite number of seconds >= 0, got {value!r}")
+    return float(value)

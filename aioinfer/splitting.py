@@ -1,0 +1,71 @@
+"""Requests larger than a batch: split on the way in, joined on the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+
+from aioinfer.request import Request, State
+from aioinfer.signature import Signature
+
+
+def split(request: Request, max_rows: int) -> list[Request]:
+    """Cut a request into parts of at most ``max_rows`` rows, remembered in its ``parts``.
+
+    The parts are answered like any request; the last answer, or the first error, answers
+    the whole.
+    """
+    signature: Signature = request.signature  # type: ignore[assignment]
+    port = _JoiningPort(request)
+    parts = []
+    for start in range(0, request.rows, max_rows):
+        rows = slice(start, min(start + max_rows, request.rows))
+        data = (
+            tuple(leaf[rows] for leaf in request.data) if signature.plain else request.data[rows]
+        )
+        part = Request(
+            data,
+            rows.stop - rows.start,
+            True,
+            signature,
+            request.timeout,
+            request.priority,
+            request.source,
+            handle=len(parts),
+        )
+        part.submitted_at = request.submitted_at
+        part.deadline = request.deadline
+        part.port = port
+        part.whole = request
+        parts.append(part)
+    request.parts = parts
+    request.state = State.QUEUED
+    return parts
+
+
+class _JoiningPort:
+    """Collects the answers to the parts and answers the whole, once."""
+
+    def __init__(self, whole: Request) -> None:
+        self.on_loop = whole.port.on_loop
+        self._whole = whole
+        self._results: dict[int, TensorDictBase] = {}
+
+    def deliver(self, outcomes: Sequence[tuple[Request, Any]]) -> None:
+        whole = self._whole
+        for part, outcome in outcomes:
+            if whole.state is State.DONE:
+                return
+            if isinstance(outcome, BaseException):
+                self._answer(outcome)
+            else:
+                self._results[part.handle] = outcome
+                if len(self._results) == len(whole.parts or ()):
+                    self._answer(torch.cat([self._results[i] for i in sorted(self._results)]))
+
+    def _answer(self, outcome: Any) -> None:
+        self._whole.state = State.DONE
+        self._whole.port.deliver([(self._whole, outcome)])

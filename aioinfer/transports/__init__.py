@@ -1,0 +1,1 @@
+"""The links between actors and a server."""

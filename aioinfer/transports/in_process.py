@@ -1,0 +1,176 @@
+"""Links to actors in the server's own process: coroutines and threads."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from aioinfer.clock import Clock, TimerHandle
+from aioinfer.errors import ServerClosedError
+from aioinfer.intake import Intake
+from aioinfer.request import GivenUp, ReplyPort, Request, Source
+from aioinfer.transports.base import InferenceTransport
+from aioinfer.waiting import answer_threads
+
+
+class InProcessTransport(InferenceTransport, default=True):
+    """Serves coroutines of any event loop and threads alike; what ``transport=None`` means."""
+
+    def __init__(self) -> None:
+        self._intake: Intake | None = None
+        self._sources: weakref.WeakSet[Source] = weakref.WeakSet()
+        self._lock = threading.Lock()  # for the set, and for attaching while clients join
+        self._home: ReplyPort | None = None
+        self._abroad: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, ReplyPort] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._threads = _ThreadPort()
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            f"a {type(self).__name__} and its clients cannot be sent to another process; "
+            "they serve actors of the server's own process"
+        )
+
+    # -- used by clients ----------------------------------------------------
+
+    @property
+    def clock(self) -> Clock:
+        return self._attached().clock
+
+    def send(
+        self, request: Request, loop: asyncio.AbstractEventLoop | None, *, block: bool = True
+    ) -> None:
+        intake = self._intake
+        if intake is None or intake.closed_because is not None:
+            intake = self._attached()
+        if loop is intake.loop:
+            request.port = self._home  # type: ignore[assignment]
+        elif loop is None:
+            request.port = self._threads
+        else:
+            request.port = self._port_abroad(loop)
+        intake.submit(request, block=block)
+
+    def give_up(self, request: Request, why: GivenUp) -> None:
+        intake = self._intake
+        if intake is not None:
+            intake.give_up(request, why)
+
+    def wait_for_room(self, rows: int, timeout: float | None) -> bool:
+        return self._attached().wait_for_room(rows, timeout)
+
+    def call_at(self, when: float, callback: Callable[[], object]) -> TimerHandle:
+        return _RemoteTimer(self._attached(), when, callback)
+
+    def join(self, source: Source) -> None:
+        with self._lock:
+            self._sources.add(source)
+            intake = self._intake
+        if intake is not None:
+            intake.join(source)
+
+    def leave(self, source: Source) -> None:
+        # No lock here: this runs from finalizers, which may interrupt a thread that holds it.
+        intake = self._intake
+        if intake is not None:
+            intake.leave(source)
+
+    # -- used by the server -------------------------------------------------
+
+    async def attach(self, intake: Intake) -> None:
+        with self._lock:
+            if self._intake is not None:
+                raise RuntimeError(
+                    f"this {type(self).__name__} already serves a server; "
+                    "a transport serves one server at a time"
+                )
+            self._home = _LoopPort(intake.loop, on_loop=True)
+            self._intake = intake
+            sources = list(self._sources)
+        for source in sources:
+            intake.join(source)
+
+    async def detach(self) -> None:
+        self._intake = None
+        self._home = None
+
+    # -- inside -------------------------------------------------------------
+
+    def _attached(self) -> Intake:
+        intake = self._intake
+        if intake is None:
+            raise ServerClosedError(
+                f"no running server is attached to this {type(self).__name__}; "
+                "start one (`async with server`, or `server.start()`) before calling a client"
+            )
+        if intake.closed_because is not None:
+            intake.refused()
+            raise ServerClosedError(intake.closed_because)
+        return intake
+
+    def _port_abroad(self, loop: asyncio.AbstractEventLoop) -> ReplyPort:
+        port = self._abroad.get(loop)
+        if port is None:
+            port = self._abroad[loop] = _LoopPort(loop, on_loop=False)
+        return port
+
+
+class _LoopPort:
+    """Resolves asyncio futures; one callback on their loop per batch, whatever its size."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, *, on_loop: bool) -> None:
+        self.on_loop = on_loop
+        self._loop = weakref.ref(loop)
+
+    def deliver(self, outcomes: Sequence[tuple[Request, Any]]) -> None:
+        if self.on_loop:
+            self._resolve(outcomes)
+            return
+        loop = self._loop()
+        if loop is not None and not loop.is_closed():
+            try:
+                loop.call_soon_threadsafe(self._resolve, outcomes)
+            except RuntimeError:  # closed since: there is nobody left to tell
+                pass
+
+    def _resolve(self, outcomes: Sequence[tuple[Request, Any]]) -> None:
+        for request, outcome in outcomes:
+            future: asyncio.Future[Any] = request.handle
+            if future.done():  # cancelled or timed out
+                continue
+            if isinstance(outcome, BaseException):
+                future.set_exception(outcome)
+            else:
+                future.set_result(outcome)
+
+
+class _ThreadPort:
+    """Resolves what threads block on, straight from the executor thread."""
+
+    on_loop = False
+
+    def deliver(self, outcomes: Sequence[tuple[Request, Any]]) -> None:
+        answer_threads(outcomes)
+
+
+class _RemoteTimer:
+    """A timer on the server's loop, armed and cancelled from any thread."""
+
+    def __init__(self, intake: Intake, when: float, callback: Callable[[], object]) -> None:
+        self._intake = intake
+        self._timer: TimerHandle | None = None
+        self._cancelled = False
+        intake.loop.call_soon_threadsafe(self._arm, when, callback)
+
+    def _arm(self, when: float, callback: Callable[[], object]) -> None:
+        if not self._cancelled:
+            self._timer = self._intake.clock.call_at(self._intake.loop, when, callback)
+
+    def cancel(self) -> None:
+        self._cancelled = True
+        if self._timer is not None and not self._intake.loop.is_closed():
+            self._intake.loop.call_soon_threadsafe(self._timer.cancel)
