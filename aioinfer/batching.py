@@ -8,7 +8,8 @@ The rules, in the order in which they decide:
 
 1.  *Late binding.* While the executor is busy nothing is decided. What a batch holds is
     chosen at the moment it leaves, so whatever arrives during a forward joins the next one.
-2.  A full batch waiting leaves at once.
+2.  A full batch waiting leaves at once; so does what there is once the queue is full (rule
+    9), for more cannot join it.
 3.  Without a ``min_batch_size``: if everybody who is expected is already waiting, the batch
     leaves at once, for nobody else can arrive. Expected are clients that joined and have not
     asked yet, and clients that got an answer and have not asked again. A batch that had to
@@ -51,6 +52,7 @@ AGEING_S = 10.0
 
 _QUEUED = State.QUEUED
 _RUNNING = State.RUNNING
+_DONE = State.DONE
 
 ANY_NUMBER = sys.maxsize
 """As ``Wait.arrivals``: no number of arrivals changes the decision."""
@@ -121,6 +123,8 @@ class Batcher:
         """Whether the executor runs a batch."""
         self.expected = 0
         """Callers that may soon ask (rule 3)."""
+        self.crowded = False
+        """Whether requests wait outside because the queue is full."""
         self._queues: dict[Hashable, _Queue] = {}
         self._epoch = 0
         self._closing = False
@@ -141,6 +145,7 @@ class Batcher:
         """A client is gone and will not ask again. Its requests stay until discarded."""
         if source.live and source.epoch == self._epoch:
             self.expected -= source.expected
+        source.expected = 0
         source.live = False
 
     def push(self, request: Request) -> None:
@@ -157,10 +162,13 @@ class Batcher:
             self.expected -= 1
 
     def discard(self, request: Request) -> bool:
-        """Take a waiting request out; return whether it was waiting."""
+        """Nobody wants the answer any more; return whether the request was still waiting."""
+        if request.state is _RUNNING:  # too late to spare the forward
+            request.state = _DONE
+            self._expect(request.source)
         if request.state is not _QUEUED:
             return False
-        request.state = State.DONE
+        request.state = _DONE
         self.rows -= request.rows
         queue = self._queues[request.signature]
         queue.forget(request)
@@ -170,12 +178,15 @@ class Batcher:
         return True
 
     def forward_ended(self, requests: Iterable[Request], now: float) -> None:
-        """The executor is free again; these were answered."""
+        """The executor is free again; these, unless discarded meanwhile, were answered."""
         self.busy = False
         self._ended_at = now
         self._forward_s = now - self._started_at
         epoch = self._epoch
         for request in requests:
+            if request.state is _DONE:
+                continue
+            request.state = _DONE
             source = request.source
             if source.live and source.epoch == epoch:  # the usual case of _expect()
                 source.expected += 1
@@ -222,7 +233,7 @@ class Batcher:
     # -- inside -------------------------------------------------------------
 
     def _may_leave(self, queue: _Queue, now: float) -> Reason | None:
-        if queue.rows >= self.max_batch_size:
+        if queue.rows >= self.max_batch_size or self.crowded:
             return Reason.FULL
         if self._closing:
             return Reason.CLOSING
@@ -276,18 +287,18 @@ class _Queue:
 
     Ordinary requests stand in a deque, where order of arrival is order of urgency; the rest
     (a priority, a deadline, a timestamp out of order) in two heaps, by urgency and by the
-    time they must leave. Requests that were given up stay in place until they surface, or
-    until they are the larger part, so that removing one costs nothing.
+    time they must leave. Requests that left stay in place until they surface, or until they
+    are the larger part, so that removing one costs nothing.
     """
 
     def __init__(self) -> None:
         self.rows = 0
+        self._requests = 0
         self._ordinary: deque[Request] = deque()
         self._by_urgency: list[tuple[float, int, Request]] = []
         self._by_leave: list[tuple[float, int, Request]] = []
         self._arrivals = 0
         self._timeout = 0.0
-        self._forgotten = 0
 
     def __iter__(self) -> Iterator[Request]:
         special = (request for _, _, request in self._by_urgency)
@@ -296,6 +307,7 @@ class _Queue:
     def add(self, request: Request, timeout: float, forward_s: float) -> None:
         self._timeout = timeout
         self.rows += request.rows
+        self._requests += 1
         ordinary = self._ordinary
         if (
             request.deadline is None
@@ -317,13 +329,8 @@ class _Queue:
     def forget(self, request: Request) -> None:
         """Account for a request that is no longer ``QUEUED``."""
         self.rows -= request.rows
-        self._forgotten += 1
-        if self._forgotten > 64 and self._forgotten > len(self._ordinary) // 2:
-            self._forgotten = 0
-            self._ordinary = deque(r for r in self._ordinary if r.state is _QUEUED)
-            for heap in (self._by_urgency, self._by_leave):
-                heap[:] = [entry for entry in heap if entry[2].state is _QUEUED]
-                heapq.heapify(heap)
+        self._requests -= 1
+        self._compact()
 
     def urgency(self) -> float:
         """The urgency of the first request; infinite if there is none."""
@@ -356,7 +363,7 @@ class _Queue:
             if request is None:
                 break
             if request.deadline is not None and request.deadline <= now:
-                request.state = State.DONE
+                request.state = _DONE
                 self.rows -= request.rows
                 expired.append(request)
                 continue
@@ -366,6 +373,8 @@ class _Queue:
             rows += request.rows
             taken.append(request)
         self.rows -= rows
+        self._requests -= len(taken) + len(expired)
+        self._compact()
         return taken, rows, expired
 
     def _most_urgent(self) -> Request | None:
@@ -376,6 +385,15 @@ class _Queue:
         ):
             return ordinary
         return special[2]
+
+    def _compact(self) -> None:
+        limit = 64 + 2 * self._requests
+        if len(self._ordinary) > limit:
+            self._ordinary = deque(r for r in self._ordinary if r.state is _QUEUED)
+        for heap in (self._by_urgency, self._by_leave):
+            if len(heap) > limit:
+                heap[:] = [entry for entry in heap if entry[2].state is _QUEUED]
+                heapq.heapify(heap)
 
     def _first_ordinary(self) -> Request | None:
         ordinary = self._ordinary

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
@@ -10,10 +11,9 @@ from typing import Any, TypeVar
 
 from anyio.from_thread import BlockingPortal
 
-try:
+_new_event_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
+with contextlib.suppress(ImportError):  # it does not exist for every platform
     from uvloop import new_event_loop as _new_event_loop
-except ImportError:  # pragma: no cover - uvloop does not exist for every platform
-    from asyncio import new_event_loop as _new_event_loop
 
 T = TypeVar("T")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import math
+import threading
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,8 @@ from aioinfer.waiting import Waiter
 if TYPE_CHECKING:
     from aioinfer.transports.base import InferenceTransport
 
+MAX_PRIORITY = 1_000_000
+
 
 class _Client:
     """What both kinds of client share."""
@@ -34,7 +36,7 @@ class _Client:
         self._source = Source()
         transport.join(self._source)
         # The batcher waits for clients that may still ask; one that is gone will not.
-        self._finalizer = weakref.finalize(self, transport.leave, self._source)
+        self._finalizer = weakref.finalize(self, _leave, transport, self._source)
         self._finalizer.atexit = False
 
     def close(self) -> None:
@@ -258,6 +260,11 @@ class SyncInferenceClient(_Client):
             return None
 
 
+def _leave(transport: InferenceTransport, source: Source) -> None:
+    source.closed = True
+    transport.leave(source)
+
+
 def _late(timeout: float) -> TimeoutError:
     return TimeoutError(f"no answer within timeout={timeout} s of the submission")
 
@@ -265,14 +272,21 @@ def _late(timeout: float) -> TimeoutError:
 def _seconds(timeout: Any) -> float:
     if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
         raise TypeError(f"timeout must be a number of seconds or None, got {timeout!r}")
-    if not 0 <= timeout < math.inf:
-        raise ValueError(f"timeout must be a finite number of seconds >= 0, got {timeout!r}")
+    if not 0 <= timeout <= threading.TIMEOUT_MAX:
+        raise ValueError(
+            f"timeout must be a number of seconds between 0 and {threading.TIMEOUT_MAX:.0f}, "
+            f"got {timeout!r}"
+        )
     return float(timeout)
 
 
 def _check_priority(priority: Any) -> None:
     if isinstance(priority, bool) or not isinstance(priority, int):
         raise TypeError(f"priority must be an int (larger is served sooner), got {priority!r}")
+    if abs(priority) > MAX_PRIORITY:
+        raise ValueError(
+            f"priority must be between -{MAX_PRIORITY} and {MAX_PRIORITY}, got {priority!r}"
+        )
 
 
 def _mode(interaction_type: Any) -> InteractionType:

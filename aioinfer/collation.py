@@ -114,9 +114,9 @@ class Collator:
     def _outbound(self, leaf: torch.Tensor) -> torch.Tensor:
         if self._output_device is not None:
             leaf = leaf.to(self._output_device)
-        if leaf.numel() and 0 in leaf.stride() and leaf.stride()[0] == 0 and leaf.shape[0] > 1:
-            # Expanded: its rows share memory, and one caller's in-place change would reach
-            # the others (and the policy, if this is a parameter).
+        if leaf._is_view():
+            # Its rows may share memory (expand), or belong to the policy (a slice of a
+            # buffer); what a caller does to its reply in place must stay with the caller.
             leaf = leaf.clone(memory_format=torch.contiguous_format)
         return leaf
 
@@ -205,6 +205,4 @@ def _check_rows(answer: Any, rows: int, who: str) -> None:
         )
     batch_size = answer.batch_size
     if not batch_size or batch_size[0] != rows:
-        raise ModelError(
-            f"{who} returned batch_size {list(batch_size)} for a batch of {rows} rows"
-        )
+        raise ModelError(f"{who} returned batch_size {list(batch_size)} for a batch of {rows} rows")

@@ -8,19 +8,21 @@ import dataclasses
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
 
 import torch
-from tensordict.nn import InteractionType, ProbabilisticTensorDictModule
 
 from aioinfer.batching import Reason
 from aioinfer.clock import Clock
 from aioinfer.collation import Collator
 from aioinfer.errors import ModelError
 from aioinfer.request import Request
+from aioinfer.sampling import sampling
 from aioinfer.signature import Signature
+
+_AS_IS = contextlib.nullcontext()
 
 Outcome = tuple[Request, Any]
 """A request and its result or, if it is one, its exception."""
@@ -80,6 +82,7 @@ class ThreadExecutor:
         self._stopping = False
         self._jobs = queue.SimpleQueue()
         self._stopped = Future()
+        self._stopped.set_running_or_notify_cancel()  # so that nobody can cancel it
         self._thread = threading.Thread(
             target=_work,
             args=(self._jobs, run, finished, predecessor, self._stopped),
@@ -96,12 +99,14 @@ class ThreadExecutor:
         job = _Call(function)
         thread = self._thread
         with self._lock:
-            if thread is not None and not self._stopping and thread is not threading.current_thread():
+            here = thread is threading.current_thread()
+            if thread is not None and not self._stopping and not here:
                 self._jobs.put(job)
                 return job.future
-        if thread is not None and thread is not threading.current_thread():
-            thread.join()  # stopping, perhaps still in a last forward
-        job.run()
+        if thread is None or here or not thread.is_alive():
+            job.run()
+        else:  # stopping, and perhaps still in a last forward
+            threading.Thread(target=job.run_after, args=(thread,), daemon=True).start()
         return job.future
 
     def stop(self) -> Future[None]:
@@ -153,6 +158,10 @@ class _Call:
     def __init__(self, function: Callable[[], Any]) -> None:
         self.future: Future[Any] = Future()
         self._function = function
+
+    def run_after(self, thread: threading.Thread) -> None:
+        thread.join()
+        self.run()
 
     def run(self) -> None:
         if not self.future.set_running_or_notify_cancel():
@@ -210,8 +219,8 @@ class ForwardPass:
 
     def _forward(self, batch: Batch, requests: list[Request], rows: int) -> Sequence[Any]:
         signature: Signature = requests[0].signature  # type: ignore[assignment]
-        sampling = _AS_IS if signature.mode is None else _sampling(self._model, signature.mode)
-        with torch.no_grad(), sampling:
+        mode = _AS_IS if signature.mode is None else sampling(self._model, signature.mode)
+        with torch.no_grad(), mode:
             inputs = self._collator.collate(requests, rows)
             started = self._clock()
             answer = self._model(inputs)
@@ -235,31 +244,3 @@ class ForwardPass:
         wrapped = ModelError(message)
         wrapped.__cause__ = error.__cause__ if isinstance(error, ModelError) else error
         return wrapped
-
-
-def sampling_modules(model: Any) -> list[ProbabilisticTensorDictModule]:
-    """The modules of ``model`` whose sampling mode a request may choose."""
-    if not isinstance(model, torch.nn.Module):
-        return []
-    return [m for m in model.modules() if isinstance(m, ProbabilisticTensorDictModule)]
-
-
-_AS_IS = contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def _sampling(model: Any, mode: InteractionType) -> Iterator[None]:
-    """Let ``model`` sample in ``mode``.
-
-    On the modules themselves: ``set_interaction_type`` is one variable for the whole process,
-    and a learner in another thread would sample in this request's mode.
-    """
-    modules = sampling_modules(model)
-    before = [module.default_interaction_type for module in modules]
-    for module in modules:
-        module.default_interaction_type = mode
-    try:
-        yield
-    finally:
-        for module, default in zip(modules, before, strict=True):
-            module.default_interaction_type = default

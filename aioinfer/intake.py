@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from aioinfer.batching import ANY_NUMBER
-from aioinfer.errors import QueueFullError, ServerClosedError, ServerDiedError
+from aioinfer.errors import InferenceError, QueueFullError, ServerDiedError
 from aioinfer.request import GivenUp, Request, Source
 
 if TYPE_CHECKING:
@@ -61,7 +61,8 @@ class Intake:
         self.pending: deque[Request] = deque()
         """Requests not yet in the batcher; while the queue is full they wait here."""
         self.notices: deque[tuple[Notice, Source | Request]] = deque()
-        self.closed_because: str | None = None
+        self.closed: Callable[[], InferenceError] | None = None
+        """Makes the error of what is not accepted any more; ``None`` while open."""
         self.refused = refused
         self._now = clock.__call__
         self._wake = wake
@@ -70,6 +71,8 @@ class Intake:
         self._queued_rows = queued_rows
         self._max_queue_size = max_queue_size
         self._wake_at = 1
+        self._extra_rows = 0
+        """Rows in ``pending`` beyond one per request."""
         self._room = threading.Condition()
         self._room_wanted = 0
 
@@ -80,7 +83,7 @@ class Intake:
 
         Raises:
             ServerClosedError: the server is closing or closed.
-            ServerDiedError: the server's loop is gone.
+            ServerDiedError: the server went away.
             InvalidRequestError: the policy cannot serve such requests.
             QueueFullError: ``block`` is false and there is no room.
         """
@@ -96,19 +99,24 @@ class Intake:
         request.submitted_at = now = self._now()
         if request.timeout is not None:
             request.deadline = now + request.timeout
+        if request.batched:
+            self._count_extra(request.rows - 1)
         pending = self.pending
         pending.append(request)
-        if self.closed_because is not None:
+        if self.closed is not None:
             self._take_back(request)
         if len(pending) >= self._wake_at or request.special:
             self._wake_server()
 
     def has_room(self, rows: int) -> bool:
         """Whether ``rows`` more rows fit into the queue now."""
-        waiting = self._queued_rows()
-        if waiting + rows <= self._max_queue_size:
-            waiting += sum(request.rows for request in self.pending.copy())
+        waiting = self._queued_rows() + self.pending_rows
         return waiting + rows <= self._max_queue_size or not waiting
+
+    @property
+    def pending_rows(self) -> int:
+        """Rows not yet in the batcher."""
+        return len(self.pending) + self._extra_rows
 
     def wait_for_room(self, rows: int, timeout: float | None) -> bool:
         """Block this thread until ``rows`` more rows fit; return whether they do."""
@@ -118,7 +126,7 @@ class Intake:
             self._room_wanted += 1
             try:
                 return self._room.wait_for(
-                    lambda: self.closed_because is not None or self.has_room(rows), timeout
+                    lambda: self.closed is not None or self.has_room(rows), timeout
                 )
             finally:
                 self._room_wanted -= 1
@@ -156,9 +164,22 @@ class Intake:
             with self._room:
                 self._room.notify_all()
 
-    def close(self, why: str) -> None:
-        """Accept nothing more."""
-        self.closed_because = why
+    def take(self) -> Request:
+        """Take the request that has been pending longest."""
+        request = self.pending.popleft()
+        if request.batched:
+            self._count_extra(1 - request.rows)
+        return request
+
+    def put_back(self, request: Request) -> None:
+        """Undo :meth:`take`."""
+        if request.batched:
+            self._count_extra(request.rows - 1)
+        self.pending.appendleft(request)
+
+    def close(self, closed: Callable[[], InferenceError]) -> None:
+        """Accept nothing more; ``closed`` makes the error that says why."""
+        self.closed = closed
         with self._room:
             self._room.notify_all()
 
@@ -183,8 +204,15 @@ class Intake:
             self.pending.remove(request)
         except ValueError:
             return
+        if request.batched:
+            self._count_extra(1 - request.rows)
         self.refused()
-        raise ServerClosedError(self.closed_because)
+        assert self.closed is not None
+        raise self.closed()
+
+    def _count_extra(self, rows: int) -> None:
+        with self._room:
+            self._extra_rows += rows
 
     def _notify(self, notice: Notice, about: Source | Request) -> None:
         self.notices.append((notice, about))
@@ -196,17 +224,25 @@ class Intake:
             return  # awake, about to wake, or busy with a forward whose end wakes it
         self._wake_at = ANY_NUMBER
         try:
-            if _running_loop() is self.loop:
+            if running_loop() is self.loop:
                 self.loop.call_soon(self._wake)
             else:
                 self.loop.call_soon_threadsafe(self._wake)
-        except RuntimeError as error:
+        except RuntimeError:
             if not self.loop.is_closed():
                 raise
-            raise ServerDiedError("the event loop of the server was closed") from error
+            # Nobody was told, and nobody will be: this and every later request ends here.
+            self.close(loop_closed)
+            raise loop_closed() from None
 
 
-def _running_loop() -> asyncio.AbstractEventLoop | None:
+def loop_closed() -> ServerDiedError:
+    """Make the error of those who ask a server whose event loop is no more."""
+    return ServerDiedError("the event loop of the server was closed under it")
+
+
+def running_loop() -> asyncio.AbstractEventLoop | None:
+    """Return the event loop that runs on this thread, if one does."""
     try:
         return asyncio.get_running_loop()
     except RuntimeError:

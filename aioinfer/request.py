@@ -34,12 +34,15 @@ class Source:
     on when a batch leaves without those it was expecting (see :mod:`aioinfer.batching`).
     """
 
-    __slots__ = ("__weakref__", "epoch", "expected", "live")
+    __slots__ = ("__weakref__", "closed", "epoch", "expected", "live")
 
     def __init__(self) -> None:
         self.expected = 0
         self.epoch = -1
         self.live = False
+        """Whether the batcher knows of it; set by the batcher."""
+        self.closed = False
+        """Whether the client is gone; set by its transport."""
 
 
 class ReplyPort(Protocol):

@@ -7,6 +7,7 @@ import atexit
 import math
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -20,7 +21,8 @@ from aioinfer.client import InferenceClient, SyncInferenceClient
 from aioinfer.clock import Clock, MonotonicClock
 from aioinfer.collation import CollateFn, Collator
 from aioinfer.errors import InvalidRequestError
-from aioinfer.executor import Executor, ForwardPass, ThreadExecutor, sampling_modules
+from aioinfer.executor import Executor, ForwardPass, ThreadExecutor
+from aioinfer.sampling import sampling_modules
 from aioinfer.serving import Serving
 from aioinfer.signature import Signature
 from aioinfer.stats import ServerStats, StatsRecorder
@@ -122,18 +124,20 @@ class InferenceServer:
             raise TypeError(f"collate_fn must be callable or None, got {collate_fn!r}")
         self._model = model
         self._clock: Clock = MonotonicClock() if clock is None else clock
+        if isinstance(policy_version, bool) or not isinstance(policy_version, int):
+            raise TypeError(f"policy_version must be an int, got {policy_version!r}")
         self._version = policy_version
         self._in_keys = None if collate_fn is not None else getattr(model, "in_keys", None)
-        on = None if device is None else torch.device(device)
+        on = _device("device", device)
         if on is not None and isinstance(model, torch.nn.Module):
             model.to(on)
         collator = Collator(
             collate_fn=collate_fn,
             device=on,
-            output_device=None if output_device is None else torch.device(output_device),
+            output_device=_device("output_device", output_device),
             out_keys=getattr(model, "out_keys", None),
-            version_key=policy_version_key,
-            return_inputs=return_inputs,
+            version_key=_key("policy_version_key", policy_version_key),
+            return_inputs=bool(return_inputs),
         )
         self._forward = ForwardPass(model, collator, lambda: self._version, self._clock)
         self._executor: Executor = ThreadExecutor() if executor is None else executor
@@ -169,9 +173,7 @@ class InferenceServer:
         """The version that serves now."""
         return self._version
 
-    def update_model(
-        self, update_fn: Callable[[Any], T], *, mark_weight_update: bool = True
-    ) -> T:
+    def update_model(self, update_fn: Callable[[Any], T], *, mark_weight_update: bool = True) -> T:
         """Change the policy between two batches, and wait until that is done.
 
         Args:
@@ -187,7 +189,8 @@ class InferenceServer:
             RuntimeError: called on the server's own event loop; await :meth:`aupdate_model`.
         """
         self._not_on_loop("update_model()", "await aupdate_model()")
-        return self._executor.call(self._update(update_fn, mark_weight_update)).result()
+        future: Future[T] = self._executor.call(self._update(update_fn, mark_weight_update))
+        return future.result()
 
     async def aupdate_model(
         self, update_fn: Callable[[Any], T], *, mark_weight_update: bool = True
@@ -263,6 +266,8 @@ class InferenceServer:
     async def _open(self) -> None:
         if self.is_alive:
             raise RuntimeError("this server is already running; close it before starting it again")
+        if self._serving is not None and self._serving.loop.is_closed():
+            self._serving.abandon()  # its loop was closed before it could end
         self._recorder = StatsRecorder(self._clock())
         batcher = Batcher(
             max_batch_size=self._max_batch_size,
@@ -411,7 +416,25 @@ def _transports(transport: Any) -> list[InferenceTransport]:
         )
     if not transports:
         raise ValueError("transport is an empty sequence; give at least one, or None")
+    if len({id(t) for t in transports}) < len(transports):
+        raise ValueError(f"transport holds the same transport twice: {transport!r}")
     return list(transports)
+
+
+def _device(name: str, value: Any) -> torch.device | None:
+    if value is None:
+        return None
+    try:
+        return torch.device(value)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{name} must be a torch device or None, got {value!r}") from error
+
+
+def _key(name: str, value: Any) -> Any:
+    parts = value if isinstance(value, tuple) and value else (value,)
+    if value is not None and not all(isinstance(part, str) for part in parts):
+        raise TypeError(f"{name} must be a str, a tuple of str, or None, got {value!r}")
+    return value
 
 
 def _count(name: str, value: Any) -> int:

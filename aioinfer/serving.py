@@ -9,14 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 
 from aioinfer.batching import Batcher, Dispatch, Wait
 from aioinfer.clock import Clock, TimerHandle
-from aioinfer.errors import ServerClosedError, ServerDiedError
+from aioinfer.errors import (
+    InferenceError,
+    InvalidRequestError,
+    ServerClosedError,
+    ServerDiedError,
+)
 from aioinfer.executor import Batch, Executor, Outcome
-from aioinfer.intake import Intake, Notice
+from aioinfer.intake import Intake, Notice, loop_closed
 from aioinfer.request import GivenUp, ReplyPort, Request, State
 from aioinfer.signature import Signature
 from aioinfer.splitting import split
@@ -66,11 +72,15 @@ class Serving:
             max_queue_size=batcher.max_queue_size,
         )
         self._running: list[Batch] = []
+        self._attached: list[InferenceTransport] = []
+        # Batches on their way back: from the executor thread, and then still to be answered.
         self._finished: deque[tuple[Batch, list[_Delivery]]] = deque()
+        self._done: deque[tuple[Batch, list[_Delivery]]] = deque()
         self._timer: TimerHandle | None = None
         self._timer_at = 0.0
         self._drained: asyncio.Future[None] = self.loop.create_future()
         self._over = False
+        self._lock = threading.Lock()  # between the end of a batch and the end of everything
 
     # -- lifecycle ----------------------------------------------------------
 
@@ -84,13 +94,14 @@ class Serving:
         try:
             for transport in self._transports:
                 await transport.attach(self._intake)
+                self._attached.append(transport)
         except BaseException:
-            await self._end(lambda: ServerClosedError("the server could not start"))
+            await self._end(_closed)
             raise
 
     async def run(self) -> None:
         """Serve until closed and drained. Whatever ends it, everybody is answered."""
-        make_error = _closed
+        make_error: Callable[[], InferenceError] = _closed
         try:
             await self._drained
         except asyncio.CancelledError:
@@ -104,38 +115,50 @@ class Serving:
 
     def close(self, *, drain: bool) -> None:
         """Accept nothing more; answer what was accepted, or only fail it."""
-        self._intake.close("the server is closing")
+        self._intake.close(_closing)
         self._batcher.close()
         if not drain and not self._drained.done():
             self._drained.set_result(None)
         self._pump()
 
+    def abandon(self) -> None:
+        """The loop was closed under the server: nothing can be awaited any more."""
+        self._finish(loop_closed)
+        self._executor.stop()
+
     @property
     def queue_depth(self) -> int:
         """Rows waiting."""
-        return self._batcher.rows
+        return self._batcher.rows + self._intake.pending_rows
 
-    async def _end(self, make_error: Callable[[], Exception]) -> None:
-        self._over = True
-        self._intake.close("the server is closed")
+    async def _end(self, make_error: Callable[[], InferenceError]) -> None:
+        self._finish(make_error)
         if self._timer is not None:
             self._timer.cancel()
-        self._fail_everything(make_error)
         stopped = self._executor.stop()
-        if not self._running:  # else a forward still runs, for nobody, for who knows how long
-            await asyncio.wrap_future(stopped)
-        for transport in self._transports:
-            try:
-                await transport.detach()
-            except Exception:
-                _log.exception("a transport could not be detached")
+        try:
+            if not self._running:  # else a forward still runs, for nobody, for how long?
+                await asyncio.wrap_future(stopped)
+        finally:
+            for transport in self._attached:
+                try:
+                    await transport.detach()
+                except Exception:
+                    _log.exception("a transport could not be detached")
 
-    def _fail_everything(self, make_error: Callable[[], Exception]) -> None:
-        left = [r for batch in self._running for r in batch.requests]
-        left += [r for batch, _ in self._finished for r in batch.requests]
+    def _finish(self, make_error: Callable[[], InferenceError]) -> None:
+        """Accept nothing more, and answer everybody who was not answered yet."""
+        with self._lock:
+            if self._over:
+                return
+            self._over = True
+        self._intake.close(make_error)
+        self._take_finished()
+        self._hand_out()
+        left = [request for batch in self._running for request in batch.requests]
         left += self._batcher.waiting()
         while self._intake.pending:
-            left.append(self._intake.pending.popleft())
+            left.append(self._intake.take())
         for request in left:
             if request.state is not State.DONE:
                 self._fail(request, make_error())
@@ -146,13 +169,10 @@ class Serving:
         if self._over:
             return
         try:
-            finished = self._take_finished()
+            self._take_finished()
             self._decide()
             # Replies go out after the next batch has: the executor works meanwhile.
-            for batch, deliveries in finished:
-                for port, outcomes in deliveries:
-                    port.deliver(outcomes)
-                self._account(batch)
+            self._hand_out()
         except Exception as error:
             if not self._drained.done():
                 self._drained.set_exception(error)
@@ -162,20 +182,21 @@ class Serving:
             self._take_notices()
             self._take_requests()
             action = self._batcher.next_action(self._clock())
+            self._intake.made_room()
             if isinstance(action, Dispatch):
                 self._dispatch(action)
             elif self._intake.sleep_until(action.arrivals):
                 self._sleep(action)
                 return
 
-    def _take_finished(self) -> list[tuple[Batch, list[_Delivery]]]:
-        finished = []
+    def _take_finished(self) -> None:
         while self._finished:
             batch, deliveries = self._finished.popleft()
             self._running.remove(batch)
+            self._done.append((batch, deliveries))
+            if batch.failed:
+                self._count_failures(batch)
             self._batcher.forward_ended(batch.requests, batch.answered_at)
-            finished.append((batch, deliveries))
-        return finished
 
     def _take_notices(self) -> None:
         notices = self._intake.notices
@@ -189,42 +210,49 @@ class Serving:
                 self._batcher.leave(about)
 
     def _take_requests(self) -> None:
-        pending = self._intake.pending
-        batcher = self._batcher
+        intake, batcher = self._intake, self._batcher
         taken = 0
-        while pending:
-            request = pending.popleft()
+        batcher.crowded = False
+        while intake.pending:
+            request = intake.take()
             if request.state is State.DONE:  # withdrawn before it came this far
                 continue
-            if batcher.rows + request.rows > batcher.max_queue_size and batcher.rows:
-                pending.appendleft(request)
+            if not batcher.has_room(request.rows):
+                intake.put_back(request)
+                batcher.crowded = True
                 break
             taken += 1
-            if request.rows > batcher.max_batch_size:
-                for part in split(request, batcher.max_batch_size):
-                    batcher.push(part)
-            else:
+            if request.rows <= batcher.max_batch_size:
                 batcher.push(request)
-        if taken:
-            self._recorder.requests += taken
-            self._intake.made_room()
+            else:
+                self._push_in_parts(request)
+        self._recorder.requests += taken
+
+    def _push_in_parts(self, request: Request) -> None:
+        try:
+            parts = split(request, self._batcher.max_batch_size)
+        except Exception as error:  # data that cannot be sliced
+            refused = InvalidRequestError(
+                f"the request has {request.rows} rows, more than max_batch_size="
+                f"{self._batcher.max_batch_size}, and cannot be split: {error}"
+            )
+            refused.__cause__ = error
+            self._fail(request, refused)
+            return
+        for part in parts:
+            self._batcher.push(part)
 
     def _dispatch(self, action: Dispatch) -> None:
         for request in action.expired:
-            self._recorder.timed_out += request.whole is None
-            self._deliver_error(
-                request,
-                TimeoutError(f"no answer within timeout={request.timeout} s of the submission"),
-            )
+            self._expire(request)
         if action.requests:
             batch = Batch(action.requests, action.rows, action.reason, self._clock())
             self._running.append(batch)
             self._executor.submit(batch)
-        self._intake.made_room()
 
     def _sleep(self, action: Wait) -> None:
         if (
-            self._intake.closed_because is not None
+            self._intake.closed is not None
             and not self._running
             and not self._batcher.rows
             and not self._intake.pending
@@ -248,36 +276,34 @@ class Serving:
 
     def _on_finished(self, batch: Batch) -> None:
         """The executor finished a batch. Runs on the executor thread."""
-        if self._over:
-            return
         deliveries = _by_port(batch.outcomes)
         # First the note for the loop, then the answers: a thread that is answered may ask
         # again at once, and the batcher must not see that before it knows of the answer.
-        self._finished.append((batch, [d for d in deliveries if d[0].on_loop]))
+        with self._lock:
+            if self._over:
+                return
+            self._finished.append((batch, [d for d in deliveries if d[0].on_loop]))
         for port, outcomes in deliveries:
             if not port.on_loop:
-                port.deliver(outcomes)
+                _deliver(port, outcomes)
         try:
             self.loop.call_soon_threadsafe(self._pump)
-        except RuntimeError as error:  # the loop was closed under a running server
-            self._over = True
-            self._intake.close("the event loop of the server was closed")
-            self._fail_everything(_because(error))
+        except RuntimeError:  # closed under a running server
+            self.abandon()
 
-    def _account(self, batch: Batch) -> None:
-        for request in batch.requests:
-            request.state = State.DONE
-        if batch.failed:
-            for request, outcome in batch.outcomes:
-                if isinstance(outcome, BaseException):
-                    self._count_failure(request)
-        times = BatchTimes(
-            [request.submitted_at for request in batch.requests],
-            batch.dispatched_at,
-            batch.forward_s,
-            batch.answered_at,
-        )
-        self._recorder.batch(batch.rows, batch.reason, times)
+    def _hand_out(self) -> None:
+        """Answer those who wait on this loop, and count."""
+        while self._done:
+            batch, deliveries = self._done.popleft()
+            for port, outcomes in deliveries:
+                _deliver(port, outcomes)
+            times = BatchTimes(
+                [request.submitted_at for request in batch.requests],
+                batch.dispatched_at,
+                batch.forward_s,
+                batch.answered_at,
+            )
+            self._recorder.batch(batch.rows, batch.reason, times)
 
     def _withdraw(self, request: Request) -> None:
         """The caller no longer wants an answer."""
@@ -291,24 +317,37 @@ class Serving:
         else:
             self._recorder.cancelled += 1
 
-    def _count_failure(self, request: Request) -> None:
-        whole = request.whole
-        if whole is None:
-            self._recorder.failed += 1
-        elif whole.given_up is None:
-            # Its first part to fail: the others are not worth a forward any more.
-            whole.given_up = GivenUp.CANCELLED
-            self._recorder.failed += 1
-            for part in whole.parts or ():
-                self._batcher.discard(part)
+    def _count_failures(self, batch: Batch) -> None:
+        for request, outcome in batch.outcomes:
+            if isinstance(outcome, BaseException) and request.state is not State.DONE:
+                self._recorder.failed += self._is_first_end(request)
 
     def _fail(self, request: Request, error: Exception) -> None:
+        self._recorder.failed += self._is_first_end(request)
         request.state = State.DONE
-        self._count_failure(request)
-        self._deliver_error(request, error)
+        _deliver(request.port, [(request, error)])
 
-    def _deliver_error(self, request: Request, error: Exception) -> None:
-        request.port.deliver([(request, error)])
+    def _expire(self, request: Request) -> None:
+        self._recorder.timed_out += self._is_first_end(request)
+        error = TimeoutError(f"no answer within timeout={request.timeout} s of the submission")
+        _deliver(request.port, [(request, error)])
+
+    def _is_first_end(self, request: Request) -> bool:
+        """Whether this is the end of what a caller asked for, to be counted.
+
+        For a part it is if it is the first to end badly; the others are then not worth a
+        forward any more.
+        """
+        whole = request.whole
+        if whole is None:
+            return True
+        if whole.given_up is not None:
+            return False
+        whole.given_up = GivenUp.CANCELLED
+        for part in whole.parts or ():
+            if part is not request:
+                self._batcher.discard(part)
+        return True
 
 
 _Delivery = tuple[ReplyPort, Sequence[Outcome]]
@@ -325,16 +364,27 @@ def _by_port(outcomes: list[Outcome]) -> list[_Delivery]:
     return list(groups.items())
 
 
-def _closed() -> Exception:
+def _deliver(port: ReplyPort, outcomes: Sequence[Outcome]) -> None:
+    try:
+        port.deliver(outcomes)
+    except Exception:  # a broken link must not take the others with it
+        _log.exception("%r could not deliver %d answers", port, len(outcomes))
+
+
+def _closing() -> InferenceError:
+    return ServerClosedError("the server is closing")
+
+
+def _closed() -> InferenceError:
     return ServerClosedError("the server was closed before this request was answered")
 
 
-def _task_cancelled() -> Exception:
+def _task_cancelled() -> InferenceError:
     return ServerDiedError("the task of the server was cancelled; its event loop ended?")
 
 
-def _because(cause: BaseException) -> Callable[[], Exception]:
-    def make() -> Exception:
+def _because(cause: BaseException) -> Callable[[], InferenceError]:
+    def make() -> InferenceError:
         error = ServerDiedError(f"the server stopped because of an error of its own: {cause!r}")
         error.__cause__ = cause
         return error

@@ -12,7 +12,13 @@ import functools
 from typing import Any
 
 import torch
-from tensordict import TensorDict, TensorDictBase, is_non_tensor, is_tensor_collection
+from tensordict import (
+    TensorDict,
+    TensorDictBase,
+    is_non_tensor,
+    is_tensor_collection,
+    is_tensorclass,
+)
 from tensordict.nn import InteractionType
 
 from aioinfer.errors import InvalidRequestError
@@ -32,10 +38,11 @@ class Signature:
         leaves: for each key the (trailing shape, dtype, device) of one row's tensor, or
             ``None`` for non-tensor data.
         mode: the sampling mode the forward must run under, or ``None`` for the policy's own.
-        plain: whether it is one level of plain tensors, which is the fast path.
+        kind: the tensorclass, or ``None`` for any other collection.
+        plain: whether it is one level of plain tensors in a TensorDict: the fast path.
     """
 
-    __slots__ = ("keys", "leaves", "mode", "plain")
+    __slots__ = ("keys", "kind", "leaves", "mode", "plain")
 
     def __init__(
         self,
@@ -43,11 +50,13 @@ class Signature:
         leaves: tuple[tuple[torch.Size, torch.dtype, torch.device] | None, ...],
         mode: InteractionType | None,
         plain: bool,
+        kind: type | None,
     ) -> None:
         self.keys = keys
         self.leaves = leaves
         self.mode = mode
         self.plain = plain
+        self.kind = kind
 
     def __str__(self) -> str:
         """Describe it for a person, e.g. ``observation: float32[4]``."""
@@ -107,7 +116,7 @@ def _plain_signature(
         (shape[1:] if batched else shape, dtype, _usable(key, device))
         for key, shape, dtype, device in (fields[i] for i in order)
     )
-    signature = _intern(tuple(fields[i][0] for i in order), leaves, mode, True)
+    signature = _intern(tuple(fields[i][0] for i in order), leaves, mode, True, None)
     return signature, None if order == tuple(range(len(fields))) else order
 
 
@@ -117,8 +126,9 @@ def _intern(
     leaves: tuple[tuple[torch.Size, torch.dtype, torch.device] | None, ...],
     mode: InteractionType | None,
     plain: bool,
+    kind: type | None,
 ) -> Signature:
-    return Signature(keys, leaves, mode, plain)
+    return Signature(keys, leaves, mode, plain, kind)
 
 
 def _describe_other(
@@ -126,9 +136,7 @@ def _describe_other(
 ) -> tuple[TensorDictBase, int, bool, Signature]:
     """Nested, lazy, tensorclass and non-tensor requests: correct rather than fast."""
     if not is_tensor_collection(td) or is_non_tensor(td):
-        raise TypeError(
-            f"a request must be a TensorDict or a tensorclass, got {type(td).__name__}"
-        )
+        raise TypeError(f"a request must be a TensorDict or a tensorclass, got {type(td).__name__}")
     batch_size = td.batch_size
     batched = len(batch_size) > 0
     rows = _rows(batch_size) if batched else 1
@@ -139,15 +147,16 @@ def _describe_other(
             "the rows of a request must be alike, but this lazy stack cannot be stacked: "
             f"{error}; send its rows one by one"
         ) from error
-    fields = []
+    fields: list[tuple[Any, tuple[torch.Size, torch.dtype, torch.device] | None]] = []
     for key, leaf in sorted(items, key=lambda item: _name(item[0])):
         if isinstance(leaf, torch.Tensor):
             shape = leaf.shape[1:] if batched else leaf.shape
             fields.append((key, (shape, leaf.dtype, _usable(key, leaf.device))))
         else:
             fields.append((key, None))
+    kind: Any = type(td) if is_tensorclass(td) else None
     signature = _intern(
-        tuple(key for key, _ in fields), tuple(leaf for _, leaf in fields), mode, False
+        tuple(key for key, _ in fields), tuple(leaf for _, leaf in fields), mode, False, kind
     )
     return td, rows, batched, signature
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 
-from aioinfer.request import Request, State
+from aioinfer.errors import ModelError
+from aioinfer.request import Request, Source, State
 from aioinfer.signature import Signature
 
 
@@ -20,12 +21,10 @@ def split(request: Request, max_rows: int) -> list[Request]:
     """
     signature: Signature = request.signature  # type: ignore[assignment]
     port = _JoiningPort(request)
-    parts = []
+    parts: list[Request] = []
     for start in range(0, request.rows, max_rows):
         rows = slice(start, min(start + max_rows, request.rows))
-        data = (
-            tuple(leaf[rows] for leaf in request.data) if signature.plain else request.data[rows]
-        )
+        data = tuple(leaf[rows] for leaf in request.data) if signature.plain else request.data[rows]
         part = Request(
             data,
             rows.stop - rows.start,
@@ -33,7 +32,8 @@ def split(request: Request, max_rows: int) -> list[Request]:
             signature,
             request.timeout,
             request.priority,
-            request.source,
+            # One caller waits, until the last part is here; the others are nobody's.
+            request.source if rows.stop == request.rows else Source(),
             handle=len(parts),
         )
         part.submitted_at = request.submitted_at
@@ -64,7 +64,19 @@ class _JoiningPort:
             else:
                 self._results[part.handle] = outcome
                 if len(self._results) == len(whole.parts or ()):
-                    self._answer(torch.cat([self._results[i] for i in sorted(self._results)]))
+                    self._answer(self._joined())
+
+    def _joined(self) -> TensorDictBase | ModelError:
+        results = [self._results[i] for i in sorted(self._results)]
+        try:
+            return torch.cat(results)
+        except Exception as error:
+            joined = ModelError(
+                f"the request was split into {len(results)} parts, and the policy's answers to "
+                f"them cannot be concatenated: {error}"
+            )
+            joined.__cause__ = error
+            return joined
 
     def _answer(self, outcome: Any) -> None:
         self._whole.state = State.DONE

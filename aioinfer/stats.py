@@ -180,7 +180,7 @@ class StatsRecorder:
                 for name in _Totals._fields
                 if name not in ("sizes", "reasons")
             },
-            **_percentiles(window),
+            **_percentiles(window),  # type: ignore[arg-type]
         )
 
     def _totals(self) -> _Totals:

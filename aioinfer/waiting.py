@@ -39,7 +39,7 @@ class Waiter:
             if timeout is None:
                 answered = self._lock.acquire()
             else:
-                answered = self._lock.acquire(timeout=min(timeout, threading.TIMEOUT_MAX))
+                answered = self._lock.acquire(timeout=timeout)
         except BaseException:  # KeyboardInterrupt
             self._leave()
             raise

@@ -10,113 +10,10 @@ from typing import Any
 
 from aioinfer.clock import Clock, TimerHandle
 from aioinfer.errors import ServerClosedError
-from aioinfer.intake import Intake
+from aioinfer.intake import Intake, running_loop
 from aioinfer.request import GivenUp, ReplyPort, Request, Source
 from aioinfer.transports.base import InferenceTransport
 from aioinfer.waiting import answer_threads
-
-
-class InProcessTransport(InferenceTransport, default=True):
-    """Serves coroutines of any event loop and threads alike; what ``transport=None`` means."""
-
-    def __init__(self) -> None:
-        self._intake: Intake | None = None
-        self._sources: weakref.WeakSet[Source] = weakref.WeakSet()
-        self._lock = threading.Lock()  # for the set, and for attaching while clients join
-        self._home: ReplyPort | None = None
-        self._abroad: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, ReplyPort] = (
-            weakref.WeakKeyDictionary()
-        )
-        self._threads = _ThreadPort()
-
-    def __reduce__(self) -> Any:
-        raise TypeError(
-            f"a {type(self).__name__} and its clients cannot be sent to another process; "
-            "they serve actors of the server's own process"
-        )
-
-    # -- used by clients ----------------------------------------------------
-
-    @property
-    def clock(self) -> Clock:
-        return self._attached().clock
-
-    def send(
-        self, request: Request, loop: asyncio.AbstractEventLoop | None, *, block: bool = True
-    ) -> None:
-        intake = self._intake
-        if intake is None or intake.closed_because is not None:
-            intake = self._attached()
-        if loop is intake.loop:
-            request.port = self._home  # type: ignore[assignment]
-        elif loop is None:
-            request.port = self._threads
-        else:
-            request.port = self._port_abroad(loop)
-        intake.submit(request, block=block)
-
-    def give_up(self, request: Request, why: GivenUp) -> None:
-        intake = self._intake
-        if intake is not None:
-            intake.give_up(request, why)
-
-    def wait_for_room(self, rows: int, timeout: float | None) -> bool:
-        return self._attached().wait_for_room(rows, timeout)
-
-    def call_at(self, when: float, callback: Callable[[], object]) -> TimerHandle:
-        return _RemoteTimer(self._attached(), when, callback)
-
-    def join(self, source: Source) -> None:
-        with self._lock:
-            self._sources.add(source)
-            intake = self._intake
-        if intake is not None:
-            intake.join(source)
-
-    def leave(self, source: Source) -> None:
-        # No lock here: this runs from finalizers, which may interrupt a thread that holds it.
-        intake = self._intake
-        if intake is not None:
-            intake.leave(source)
-
-    # -- used by the server -------------------------------------------------
-
-    async def attach(self, intake: Intake) -> None:
-        with self._lock:
-            if self._intake is not None:
-                raise RuntimeError(
-                    f"this {type(self).__name__} already serves a server; "
-                    "a transport serves one server at a time"
-                )
-            self._home = _LoopPort(intake.loop, on_loop=True)
-            self._intake = intake
-            sources = list(self._sources)
-        for source in sources:
-            intake.join(source)
-
-    async def detach(self) -> None:
-        self._intake = None
-        self._home = None
-
-    # -- inside -------------------------------------------------------------
-
-    def _attached(self) -> Intake:
-        intake = self._intake
-        if intake is None:
-            raise ServerClosedError(
-                f"no running server is attached to this {type(self).__name__}; "
-                "start one (`async with server`, or `server.start()`) before calling a client"
-            )
-        if intake.closed_because is not None:
-            intake.refused()
-            raise ServerClosedError(intake.closed_because)
-        return intake
-
-    def _port_abroad(self, loop: asyncio.AbstractEventLoop) -> ReplyPort:
-        port = self._abroad.get(loop)
-        if port is None:
-            port = self._abroad[loop] = _LoopPort(loop, on_loop=False)
-        return port
 
 
 class _LoopPort:
@@ -155,6 +52,114 @@ class _ThreadPort:
 
     def deliver(self, outcomes: Sequence[tuple[Request, Any]]) -> None:
         answer_threads(outcomes)
+
+
+class InProcessTransport(InferenceTransport, default=True):
+    """Serves coroutines of any event loop and threads alike; what ``transport=None`` means."""
+
+    def __init__(self) -> None:
+        self._intake: Intake | None = None
+        self._sources: weakref.WeakSet[Source] = weakref.WeakSet()
+        self._lock = threading.Lock()  # for the set, and for attaching while clients join
+        self._abroad: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, ReplyPort] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._threads = _ThreadPort()
+        self._home: ReplyPort = self._threads  # until attached
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            f"a {type(self).__name__} and its clients cannot be sent to another process; "
+            "they serve actors of the server's own process"
+        )
+
+    # -- used by clients ----------------------------------------------------
+
+    @property
+    def clock(self) -> Clock:
+        return self._attached().clock
+
+    def send(
+        self, request: Request, loop: asyncio.AbstractEventLoop | None, *, block: bool = True
+    ) -> None:
+        intake = self._intake
+        if intake is None or intake.closed is not None:
+            intake = self._attached()
+        if loop is intake.loop:
+            request.port = self._home
+        elif loop is None:
+            if running_loop() is intake.loop:
+                raise RuntimeError(
+                    "a sync client was called on the server's own event loop, which it would "
+                    "block for ever; use `await client(td)` with an async client there"
+                )
+            request.port = self._threads
+        else:
+            request.port = self._port_abroad(loop)
+        intake.submit(request, block=block)
+
+    def give_up(self, request: Request, why: GivenUp) -> None:
+        intake = self._intake
+        if intake is not None:
+            intake.give_up(request, why)
+
+    def wait_for_room(self, rows: int, timeout: float | None) -> bool:
+        return self._attached().wait_for_room(rows, timeout)
+
+    def call_at(self, when: float, callback: Callable[[], object]) -> TimerHandle:
+        return _RemoteTimer(self._attached(), when, callback)
+
+    def join(self, source: Source) -> None:
+        with self._lock:
+            self._sources.add(source)
+            intake = self._intake
+        if intake is not None:
+            intake.join(source)
+
+    def leave(self, source: Source) -> None:
+        # No lock here: this runs from finalizers, which may interrupt a thread that holds it.
+        intake = self._intake
+        if intake is not None:
+            intake.leave(source)
+
+    # -- used by the server -------------------------------------------------
+
+    async def attach(self, intake: Intake) -> None:
+        with self._lock:
+            if self._intake is not None and not self._intake.loop.is_closed():
+                raise RuntimeError(
+                    f"this {type(self).__name__} already serves a server; "
+                    "a transport serves one server at a time"
+                )
+            self._home = _LoopPort(intake.loop, on_loop=True)
+            self._intake = intake
+            sources = [source for source in self._sources if not source.closed]
+        for source in sources:
+            intake.join(source)
+
+    async def detach(self) -> None:
+        self._intake = None
+        self._home = self._threads
+
+    # -- inside -------------------------------------------------------------
+
+    def _attached(self) -> Intake:
+        intake = self._intake
+        if intake is None:
+            raise ServerClosedError(
+                f"no running server is attached to this {type(self).__name__}; "
+                "start one (`async with server`, or `server.start()`) before calling a client"
+            )
+        if intake.closed is not None:
+            intake.refused()
+            raise intake.closed()
+        return intake
+
+    def _port_abroad(self, loop: asyncio.AbstractEventLoop) -> ReplyPort:
+        port = self._abroad.get(loop)
+        if port is None:
+            port = self._abroad[loop] = _LoopPort(loop, on_loop=False)
+        return port
 
 
 class _RemoteTimer:
