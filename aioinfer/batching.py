@@ -11,10 +11,10 @@ The rules, in the order in which they decide:
 2.  A full batch waiting leaves at once; so does what there is once the queue is full (rule
     9), for more cannot join it.
 3.  Without a ``min_batch_size``: if everybody who is expected is already waiting, the batch
-    leaves at once, for nobody else can arrive. Expected are clients that joined and have not
-    asked yet, and clients that got an answer and have not asked again. A batch that had to
-    leave without them (rule 4) stops expecting them until they ask again, so one client that
-    went away, or thinks for long, costs the others one ``timeout`` and not one per batch.
+    leaves at once, for nobody else can arrive; or the first of several groups does, where
+    taking turns is faster. Otherwise the batch is held for as long as that is worth while,
+    which is judged in :mod:`aioinfer.patience`. Expected are clients that joined and have not
+    asked yet, and clients that got one of the latest answers and have not asked again.
 4.  ``timeout`` bounds the delay added here. It counts from the submission of the oldest
     waiting request, is not re-armed by later arrivals, and is cut short for a request whose
     own deadline would otherwise pass before the forward is done.
@@ -26,9 +26,12 @@ The rules, in the order in which they decide:
     and everyone is overtaken for a bounded time only.
 7.  Requests of different signatures never share a batch. Each signature has a queue; of the
     queues that may leave, the one with the most urgent head does.
-8.  A request that was given up, or whose deadline has passed, is not put into a batch.
+8.  A request that was given up, or whose deadline has passed or will have passed by the end
+    of a forward of it alone, is not put into a batch.
 9.  At most ``max_queue_size`` rows wait; :meth:`Batcher.has_room` says whether one more
     request fits. A request larger than the whole queue fits an empty one.
+10. With ``batch_sizes``, a forward has one of these sizes: the next larger one, padded, or the
+    next smaller one, leaving the rest for the next batch, whichever costs less per real row.
 
 The form of this file, rules as prose and code as their plain form, is that of h11's state
 machine; deciding only when the executor is free is Clipper's and Triton's lesson learnt.
@@ -41,10 +44,12 @@ import heapq
 import itertools
 import math
 import sys
+from bisect import bisect_left
 from collections import deque
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from typing import NamedTuple
 
+from aioinfer.patience import COLD_TIMEOUT_S, Patience
 from aioinfer.request import Request, Source, State
 
 AGEING_S = 10.0
@@ -53,6 +58,12 @@ AGEING_S = 10.0
 _QUEUED = State.QUEUED
 _RUNNING = State.RUNNING
 _DONE = State.DONE
+
+DEFAULT_TIMEOUT_S = 0.05
+"""The default ``timeout`` where the batcher decides: a bound that is rarely reached."""
+
+DEFAULT_STATIC_TIMEOUT_S = 0.01
+"""The default ``timeout`` with a ``min_batch_size``."""
 
 ANY_NUMBER = sys.maxsize
 """As ``Wait.arrivals``: no number of arrivals changes the decision."""
@@ -63,6 +74,7 @@ class Reason(enum.Enum):
 
     FULL = "full"
     ALL_CLIENTS_IN = "all clients in"
+    NOT_WORTH_WAITING = "not worth waiting"
     DEADLINE = "deadline"
     MINIMUM = "minimum reached"
     CLOSING = "closing"
@@ -77,9 +89,11 @@ class Dispatch(NamedTuple):
 
     requests: list[Request]
     rows: int
+    size: int
+    """Rows of the forward: ``rows``, or more where the batch is to be padded."""
     reason: Reason
     expired: list[Request]
-    """Requests whose deadline passed while they waited; answer them with TimeoutError."""
+    """Requests whose deadline cannot be met any more; answer them with TimeoutError."""
 
 
 class Wait(NamedTuple):
@@ -103,6 +117,10 @@ class Batcher:
             lets the batcher decide.
         timeout: seconds a batch may be held back, at least 0.
         max_queue_size: rows that may wait, at least 1.
+        batch_sizes: the sizes a forward may have, ascending up to ``max_batch_size``; ``None``
+            for any.
+        far_sighted: whether throughput in the long run counts, rather than the mean latency
+            of the requests at hand.
     """
 
     def __init__(
@@ -112,6 +130,8 @@ class Batcher:
         min_batch_size: int | None,
         timeout: float,
         max_queue_size: int,
+        batch_sizes: Sequence[int] | None = None,
+        far_sighted: bool = True,
     ) -> None:
         self.max_batch_size = max_batch_size
         self.min_batch_size = min_batch_size
@@ -121,52 +141,56 @@ class Batcher:
         """Rows waiting."""
         self.busy = False
         """Whether the executor runs a batch."""
-        self.expected = 0
-        """Callers that may soon ask (rule 3)."""
         self.crowded = False
         """Whether requests wait outside because the queue is full."""
+        self._sizes = batch_sizes
         self._queues: dict[Hashable, _Queue] = {}
-        self._epoch = 0
         self._closing = False
-        self._started_at = -math.inf
+        self._patience = Patience(far_sighted=far_sighted)
+        self._kind: Hashable = None
+        self._size = 0
         self._ended_at = -math.inf
-        self._forward_s = 0.0
 
     # -- what happened ------------------------------------------------------
 
     def join(self, source: Source) -> None:
         """A client exists and may ask."""
         source.live = True
-        source.epoch = self._epoch
-        source.expected = 1
-        self.expected += 1
+        source.expected = 0
+        source.cohort = None
+        self._patience.join(source)
 
     def leave(self, source: Source) -> None:
         """A client is gone and will not ask again. Its requests stay until discarded."""
-        if source.live and source.epoch == self._epoch:
-            self.expected -= source.expected
-        source.expected = 0
+        self._patience.leave(source)
         source.live = False
 
     def push(self, request: Request) -> None:
         """Take a request of at most ``max_batch_size`` rows."""
-        queue = self._queues.get(request.signature)
+        kind = request.signature
+        queue = self._queues.get(kind)
         if queue is None:
-            queue = self._queues[request.signature] = _Queue()
+            queue = self._queues[kind] = _Queue(self.timeout)
+        source = request.source
+        cohort = source.cohort
+        if source.expected and cohort is not None:
+            source.expected -= 1
+            cohort.left -= 1
+            if not (cohort.left % cohort.stride and self.rows):
+                idle = not self.rows and not self.busy
+                self._patience.returned(cohort, request.submitted_at, idle=idle)
         request.state = _QUEUED
         self.rows += request.rows
-        queue.add(request, self.timeout, self._forward_s)
-        source = request.source
-        if source.expected > 0 and source.epoch == self._epoch:
-            source.expected -= 1
-            self.expected -= 1
+        if request.deadline is None:
+            queue.add(request)
+        else:
+            forward_s = self._patience.cost(kind, queue.rows + request.rows, request.submitted_at)
+            queue.add(request, forward_s)
 
     def discard(self, request: Request) -> bool:
         """Nobody wants the answer any more; return whether the request was still waiting."""
-        if request.state is _RUNNING:  # too late to spare the forward
-            request.state = _DONE
-            self._expect(request.source)
         if request.state is not _QUEUED:
+            request.state = _DONE
             return False
         request.state = _DONE
         self.rows -= request.rows
@@ -174,25 +198,25 @@ class Batcher:
         queue.forget(request)
         if not queue.rows:
             del self._queues[request.signature]
-        self._expect(request.source)
         return True
 
-    def forward_ended(self, requests: Iterable[Request], now: float) -> None:
+    def forward_ended(self, requests: Sequence[Request], now: float) -> None:
         """The executor is free again; these, unless discarded meanwhile, were answered."""
         self.busy = False
         self._ended_at = now
-        self._forward_s = now - self._started_at
-        epoch = self._epoch
+        cohort = self._patience.ended(self._kind, self._size, len(requests), now)
         for request in requests:
             if request.state is _DONE:
                 continue
             request.state = _DONE
             source = request.source
-            if source.live and source.epoch == epoch:  # the usual case of _expect()
-                source.expected += 1
-                self.expected += 1
-            else:
-                self._expect(source)
+            if source.live:
+                if source.expected:
+                    self._patience.expect(source, cohort)
+                else:  # the usual case, spelt out
+                    source.cohort = cohort
+                    source.expected = 1
+                    cohort.left += 1
 
     def close(self) -> None:
         """Stop waiting for anything: what is here leaves as soon as the executor is free."""
@@ -215,71 +239,100 @@ class Batcher:
         if not self.rows:
             return self._idle(now)
         chosen: _Queue | None = None
-        chosen_key: Hashable = None
+        chosen_kind: Hashable = None
         reason = Reason.FULL
-        leave_at = math.inf
-        fullest = 0
-        for key, queue in self._queues.items():
-            why = self._may_leave(queue, now)
-            if why is not None and (chosen is None or queue.urgency() < chosen.urgency()):
-                chosen, chosen_key, reason = queue, key, why
-            elif chosen is None:
-                leave_at = min(leave_at, queue.leave_by())
-                fullest = max(fullest, queue.rows)
+        until = math.inf
+        arrivals = ANY_NUMBER
+        for kind, queue in self._queues.items():
+            verdict = self._verdict(kind, queue, now)
+            if isinstance(verdict, Wait):
+                until = min(until, verdict.until or until)
+                arrivals = min(arrivals, verdict.arrivals)
+            elif chosen is None or queue.urgency() < chosen.urgency():
+                chosen, chosen_kind, reason = queue, kind, verdict
         if chosen is None:
-            return Wait(leave_at, self._arrivals_that_matter(fullest))
-        return self._dispatch(chosen, chosen_key, reason, now)
+            return Wait(until, arrivals)
+        return self._dispatch(chosen, chosen_kind, reason, now)
 
     # -- inside -------------------------------------------------------------
 
-    def _may_leave(self, queue: _Queue, now: float) -> Reason | None:
-        if queue.rows >= self.max_batch_size or self.crowded:
-            return Reason.FULL
+    def _verdict(self, kind: Hashable, queue: _Queue, now: float) -> Reason | Wait:
+        rows = queue.rows
+        room = self.max_batch_size - rows
         if self._closing:
-            return Reason.CLOSING
-        if self.min_batch_size is None:
-            if self.expected <= 0:
-                return Reason.ALL_CLIENTS_IN
-        elif queue.rows >= self.min_batch_size:
-            return Reason.MINIMUM
-        return Reason.DEADLINE if queue.leave_by() <= now else None
+            return Reason.CLOSING if room > 0 else Reason.FULL
+        least = self.min_batch_size
+        if least is None and not self._patience.expected(kind):
+            return Reason.ALL_CLIENTS_IN
+        if room <= 0 or self.crowded:
+            return Reason.FULL
+        leave_by = queue.leave_by()
+        if leave_by <= now:
+            return Reason.DEADLINE
+        if least is not None:
+            return Reason.MINIMUM if rows >= least else Wait(leave_by, least - rows)
+        if not self._patience.knows_callers:
+            return self._verdict_when_cold(kind, leave_by, room, now)
+        wait = self._patience.wait(kind, rows, room, now)
+        if wait is None:
+            return Reason.NOT_WORTH_WAITING
+        return Wait(min(wait[0], leave_by), min(wait[1], room))
+
+    def _verdict_when_cold(
+        self, kind: Hashable, leave_by: float, room: int, now: float
+    ) -> Reason | Wait:
+        until = leave_by - max(0.0, self.timeout - COLD_TIMEOUT_S)
+        if until <= now:
+            self._patience.forget()  # one client that is away costs the others this once
+            return Reason.DEADLINE
+        return Wait(until, min(self._patience.expected(kind), room))
 
     def _idle(self, now: float) -> Wait:
         # Right after a forward its clients come back together: sleep through the first of
-        # them rather than wake for each. Nothing submitted since can be due before `until`.
-        until = self._ended_at + self.timeout
-        if self.min_batch_size is None and self.expected > 1 and now < until:
-            return Wait(until, min(self.expected, self.max_batch_size))
+        # them rather than wake for each.
+        if self.min_batch_size is None and now < self._ended_at + self.timeout:
+            if self._patience.knows_callers:
+                wait = self._patience.wait(self._kind, 1, self.max_batch_size - 1, now)
+                if wait is not None:
+                    return Wait(min(wait[0], self._ended_at + self.timeout), wait[1] + 1)
+            elif now < self._ended_at + min(self.timeout, COLD_TIMEOUT_S):
+                expected = min(self._patience.expected(self._kind), self.max_batch_size)
+                if expected > 1:
+                    return Wait(self._ended_at + min(self.timeout, COLD_TIMEOUT_S), expected)
         return Wait(None, 1)
 
-    def _arrivals_that_matter(self, fullest: int) -> int:
-        if self.min_batch_size is None:
-            return max(1, min(self.expected, self.max_batch_size - fullest))
-        return max(1, self.min_batch_size - fullest)
-
-    def _dispatch(self, queue: _Queue, key: Hashable, reason: Reason, now: float) -> Dispatch:
-        requests, rows, expired = queue.take(self.max_batch_size, now)
-        self.rows -= rows + sum(request.rows for request in expired)
+    def _dispatch(self, queue: _Queue, kind: Hashable, reason: Reason, now: float) -> Dispatch:
+        limit = min(queue.rows, self.max_batch_size)
+        if reason is Reason.ALL_CLIENTS_IN:
+            limit = math.ceil(limit / self._patience.groups(kind, limit))
+        if self._sizes is not None:
+            limit = self._fitting(self._sizes, kind, limit, now)
+        requests, rows, expired = queue.take(limit, now, self._patience.cost(kind, 1, now))
+        self.rows -= rows + sum([request.rows for request in expired])
         if not queue.rows:
-            del self._queues[key]
-        for request in expired:
-            self._expect(request.source)
-        if reason is Reason.DEADLINE:
-            self._epoch += 1
-            self.expected = 0
+            del self._queues[kind]
+        size = fitting_size(self._sizes, rows) if rows else 0
         if requests:
             self.busy = True
-            self._started_at = now
-        return Dispatch(requests, rows, reason, expired)
+            self._kind = kind
+            self._size = size
+            self._patience.started(now)
+        return Dispatch(requests, rows, size, reason, expired)
 
-    def _expect(self, source: Source) -> None:
-        if not source.live:
-            return
-        if source.epoch != self._epoch:
-            source.epoch = self._epoch
-            source.expected = 0
-        source.expected += 1
-        self.expected += 1
+    def _fitting(self, sizes: Sequence[int], kind: Hashable, rows: int, now: float) -> int:
+        """How many of ``rows`` rows to take (rule 10)."""
+        above = bisect_left(sizes, rows)
+        if sizes[above] == rows or above == 0:
+            return rows
+        up, down = sizes[above], sizes[above - 1]
+        cost_up = self._patience.cost(kind, up, now)
+        cost_down = self._patience.cost(kind, down, now)
+        return down if cost_down / down < cost_up / rows else rows
+
+
+def fitting_size(sizes: Sequence[int] | None, rows: int) -> int:
+    """Return the smallest of the allowed sizes that holds ``rows`` rows."""
+    return rows if sizes is None else sizes[bisect_left(sizes, rows)]
 
 
 class _Queue:
@@ -291,21 +344,20 @@ class _Queue:
     are the larger part, so that removing one costs nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, timeout: float) -> None:
         self.rows = 0
         self._requests = 0
         self._ordinary: deque[Request] = deque()
         self._by_urgency: list[tuple[float, int, Request]] = []
         self._by_leave: list[tuple[float, int, Request]] = []
         self._arrivals = 0
-        self._timeout = 0.0
+        self._timeout = timeout
 
     def __iter__(self) -> Iterator[Request]:
         special = (request for _, _, request in self._by_urgency)
         return (r for r in itertools.chain(self._ordinary, special) if r.state is _QUEUED)
 
-    def add(self, request: Request, timeout: float, forward_s: float) -> None:
-        self._timeout = timeout
+    def add(self, request: Request, forward_s: float = 0.0) -> None:
         self.rows += request.rows
         self._requests += 1
         ordinary = self._ordinary
@@ -317,7 +369,7 @@ class _Queue:
             ordinary.append(request)
             return
         self._arrivals += 1  # ties keep the order of arrival, and requests do not compare
-        leave_by = request.submitted_at + timeout
+        leave_by = request.submitted_at + self._timeout
         urgency = request.submitted_at + AGEING_S
         if request.deadline is not None:
             leave_by = min(leave_by, request.deadline - forward_s)
@@ -350,7 +402,9 @@ class _Queue:
             math.inf if special is None else special[0],
         )
 
-    def take(self, max_rows: int, now: float) -> tuple[list[Request], int, list[Request]]:
+    def take(
+        self, max_rows: int, now: float, forward_s: float
+    ) -> tuple[list[Request], int, list[Request]]:
         """Take the most urgent requests that fit; also the expired ones met on the way."""
         taken: list[Request] = []
         expired: list[Request] = []
@@ -362,7 +416,7 @@ class _Queue:
                 request = self._first_ordinary()
             if request is None:
                 break
-            if request.deadline is not None and request.deadline <= now:
+            if request.deadline is not None and request.deadline <= now + forward_s:
                 request.state = _DONE
                 self.rows -= request.rows
                 expired.append(request)

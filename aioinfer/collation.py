@@ -58,37 +58,47 @@ class Collator:
 
     # -- requests to a batch ------------------------------------------------
 
-    def collate(self, requests: Sequence[Request], rows: int) -> TensorDictBase:
+    def collate(self, requests: Sequence[Request], rows: int, size: int) -> TensorDictBase:
         """Concatenate the rows of requests of one signature, in order.
 
+        The last row is repeated until there are ``size``, where that is more than ``rows``.
+
         Raises:
-            ModelError: the ``collate_fn`` made something else than ``rows`` rows.
+            ModelError: the ``collate_fn`` made something else than ``size`` rows.
         """
         signature: Signature = requests[0].signature  # type: ignore[assignment]
-        if self._collate_fn is not None:
-            batch = self._collate_fn([row for r in requests for row in _rows_of(r)])
-            _check_rows(batch, rows, "collate_fn")
-        elif signature.plain:
-            batch = _new(_concatenate(requests, signature), torch.Size([rows]))
+        padding = size - rows
+        if signature.plain and self._collate_fn is None:
+            batch: TensorDictBase = _new(
+                _concatenate(requests, signature, padding), torch.Size([size])
+            )
         else:
-            batch = torch.stack([row for r in requests for row in _rows_of(r)])
+            singles = [row for request in requests for row in _rows_of(request)]
+            singles += singles[-1:] * padding
+            if self._collate_fn is None:
+                batch = torch.stack(singles)
+            else:
+                batch = self._collate_fn(singles)
+                _check_rows(batch, size, "collate_fn")
         return batch if self._device is None else batch.to(self._device)
 
     # -- the answer to results ----------------------------------------------
 
     def split(
-        self, answer: Any, requests: Sequence[Request], rows: int, version: int
+        self, answer: Any, requests: Sequence[Request], rows: int, size: int, version: int
     ) -> list[TensorDictBase]:
-        """Take the policy's answer apart, in the order of the requests.
+        """Take the policy's answer apart, in the order of the requests; drop padded rows.
 
         Raises:
-            ModelError: the answer is not a TensorDict of ``rows`` rows with all out_keys.
+            ModelError: the answer is not a TensorDict of ``size`` rows with all out_keys.
         """
-        _check_rows(answer, rows, "the policy")
-        columns = self._columns(answer, rows)
+        _check_rows(answer, size, "the policy")
+        columns = self._columns(answer)
         if columns is None:
-            results = self._split_any(answer, requests, rows, version)
+            results = self._split_any(answer, requests, version)
         else:
+            if size > rows:
+                columns = {key: column[:rows] for key, column in columns.items()}
             if self._version_key is not None:
                 columns[self._version_key] = torch.full((rows,), version)
             results = _split_columns(columns, requests, rows)
@@ -96,7 +106,7 @@ class Collator:
             results = [_with_inputs(r, result) for r, result in zip(requests, results, strict=True)]
         return results
 
-    def _columns(self, answer: TensorDictBase, rows: int) -> dict[str, torch.Tensor] | None:
+    def _columns(self, answer: TensorDictBase) -> dict[str, torch.Tensor] | None:
         """The leaves of the answer by name, if they are all plain tensors of one level."""
         if not self._plain_out_keys or not isinstance(self._version_key, str | None):
             return None
@@ -121,7 +131,7 @@ class Collator:
         return leaf
 
     def _split_any(
-        self, answer: TensorDictBase, requests: Sequence[Request], rows: int, version: int
+        self, answer: TensorDictBase, requests: Sequence[Request], version: int
     ) -> list[TensorDictBase]:
         if self._out_keys is not None:
             missing = [key for key in self._out_keys if answer.get(key, None) is None]
@@ -148,16 +158,18 @@ class Collator:
         return results
 
 
-def _concatenate(requests: Sequence[Request], signature: Signature) -> dict[str, torch.Tensor]:
+def _concatenate(
+    requests: Sequence[Request], signature: Signature, padding: int
+) -> dict[str, torch.Tensor]:
     batch = {}
     bare = not any([request.batched for request in requests])
     for i, key in enumerate(signature.keys):
         if bare:
-            batch[key] = torch.stack([request.data[i] for request in requests])
+            leaves = [request.data[i] for request in requests]
+            batch[key] = torch.stack(leaves + leaves[-1:] * padding)
         else:
-            batch[key] = torch.cat(
-                [r.data[i] if r.batched else r.data[i].unsqueeze(0) for r in requests]
-            )
+            leaves = [r.data[i] if r.batched else r.data[i].unsqueeze(0) for r in requests]
+            batch[key] = torch.cat(leaves + [leaves[-1][-1:]] * padding)
     return batch
 
 

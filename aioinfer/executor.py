@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from aioinfer.batching import Reason
+from aioinfer.batching import Reason, fitting_size
 from aioinfer.clock import Clock
 from aioinfer.collation import Collator
 from aioinfer.errors import ModelError
@@ -180,6 +180,7 @@ class ForwardPass:
         collator: builds batches and takes answers apart.
         version: reads the version of the weights; called on the executor thread.
         clock: measures the forward.
+        sizes: the sizes a forward may have, ascending; ``None`` for any.
     """
 
     def __init__(
@@ -188,7 +189,9 @@ class ForwardPass:
         collator: Collator,
         version: Callable[[], int],
         clock: Clock,
+        sizes: Sequence[int] | None = None,
     ) -> None:
+        self._sizes = sizes
         self._model = model
         self._collator = collator
         self._version = version
@@ -218,14 +221,15 @@ class ForwardPass:
         ]
 
     def _forward(self, batch: Batch, requests: list[Request], rows: int) -> Sequence[Any]:
+        size = fitting_size(self._sizes, rows)
         signature: Signature = requests[0].signature  # type: ignore[assignment]
         mode = _AS_IS if signature.mode is None else sampling(self._model, signature.mode)
         with torch.no_grad(), mode:
-            inputs = self._collator.collate(requests, rows)
+            inputs = self._collator.collate(requests, rows, size)
             started = self._clock()
             answer = self._model(inputs)
             batch.forward_s += self._clock() - started
-            results = self._collator.split(answer, requests, rows, self._version())
+            results = self._collator.split(answer, requests, rows, size, self._version())
         if signature not in self._answered:
             self._remember(signature)
         return results

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Hashable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from aioinfer.estimates import Cohort
 
 
 class State(enum.IntEnum):
@@ -29,16 +32,15 @@ class GivenUp(enum.Enum):
 class Source:
     """A client as the batcher sees it: how many of its callers may soon ask again.
 
-    ``expected`` counts the answers this client has received and not yet followed by a
-    new request. It is only meaningful while ``epoch`` equals the batcher's, which moves
-    on when a batch leaves without those it was expecting (see :mod:`aioinfer.batching`).
+    ``expected`` counts the answers it has received and not yet followed by a new request, and
+    ``cohort`` is the batch that the latest of them came with (see :mod:`aioinfer.patience`).
     """
 
-    __slots__ = ("__weakref__", "closed", "epoch", "expected", "live")
+    __slots__ = ("__weakref__", "closed", "cohort", "expected", "live")
 
     def __init__(self) -> None:
         self.expected = 0
-        self.epoch = -1
+        self.cohort: Cohort | None = None
         self.live = False
         """Whether the batcher knows of it; set by the batcher."""
         self.closed = False

@@ -9,13 +9,13 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import anyio.to_thread
 import torch
 from tensordict import TensorDictBase
 
-from aioinfer.batching import Batcher
+from aioinfer.batching import DEFAULT_STATIC_TIMEOUT_S, DEFAULT_TIMEOUT_S, Batcher
 from aioinfer.blocking import BackgroundLoop
 from aioinfer.client import InferenceClient, SyncInferenceClient
 from aioinfer.clock import Clock, MonotonicClock
@@ -63,9 +63,16 @@ class InferenceServer:
             loop and threads of this process.
         max_batch_size: rows in a forward at most.
         min_batch_size: rows worth a forward: a batch leaves once it has them, or after
-            ``timeout``. ``None`` lets the server decide: a batch leaves once everybody who is
-            expected is waiting, or after ``timeout``.
-        timeout: seconds that the server may hold a request back to fill its batch.
+            ``timeout``. ``None`` lets the server decide, from what it learns about its
+            callers and the cost of a forward (see :doc:`/batching`); nothing needs tuning.
+        timeout: seconds that the server may hold a request back to fill its batch, at most.
+            ``None`` stands for 0.01 with a ``min_batch_size`` and for 0.05 without, where it
+            is a bound that is rarely reached.
+        objective: what the server's own decisions are for: ``"throughput"`` in the long run,
+            or ``"latency"``, the mean latency of the requests at hand.
+        batch_sizes: the only sizes a forward may have, for policies that were compiled or
+            captured for some; smaller batches are padded by repeating their last row.
+            Ascending, the last one ``max_batch_size``. ``None`` for any size.
         max_queue_size: rows that may wait; more wait outside, or are refused if they were
             sent with ``block=False``. ``None`` stands for 64 full batches, at least 4096 rows.
         collate_fn: makes a batch of a list of single-row TensorDicts; ``None`` stacks them.
@@ -91,7 +98,9 @@ class InferenceServer:
         *,
         max_batch_size: int = 64,
         min_batch_size: int | None = None,
-        timeout: float = 0.002,
+        timeout: float | None = None,
+        objective: Literal["throughput", "latency"] = "throughput",
+        batch_sizes: Sequence[int] | None = None,
         max_queue_size: int | None = None,
         collate_fn: CollateFn | None = None,
         device: torch.device | str | None = None,
@@ -114,7 +123,13 @@ class InferenceServer:
                 f"min_batch_size must be between 1 and max_batch_size={max_batch_size}, "
                 f"got {min_batch_size}"
             )
+        if timeout is None:
+            timeout = DEFAULT_TIMEOUT_S if min_batch_size is None else DEFAULT_STATIC_TIMEOUT_S
         self._timeout = _duration("timeout", timeout)
+        if objective not in ("throughput", "latency"):
+            raise ValueError(f"objective must be 'throughput' or 'latency', got {objective!r}")
+        self._far_sighted = objective == "throughput"
+        self._sizes = None if batch_sizes is None else _sizes(batch_sizes, max_batch_size)
         self._max_queue_size = (
             max(4096, 64 * self._max_batch_size)
             if max_queue_size is None
@@ -139,7 +154,9 @@ class InferenceServer:
             version_key=_key("policy_version_key", policy_version_key),
             return_inputs=bool(return_inputs),
         )
-        self._forward = ForwardPass(model, collator, lambda: self._version, self._clock)
+        self._forward = ForwardPass(
+            model, collator, lambda: self._version, self._clock, self._sizes
+        )
         self._executor: Executor = ThreadExecutor() if executor is None else executor
         self._recorder = StatsRecorder(self._clock())
         self._serving: Serving | None = None
@@ -274,6 +291,8 @@ class InferenceServer:
             min_batch_size=self._min_batch_size,
             timeout=self._timeout,
             max_queue_size=self._max_queue_size,
+            batch_sizes=self._sizes,
+            far_sighted=self._far_sighted,
         )
         serving = Serving(
             self._transports,
@@ -443,6 +462,15 @@ def _count(name: str, value: Any) -> int:
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
     return value
+
+
+def _sizes(sizes: Any, largest: int) -> tuple[int, ...]:
+    found = tuple(_count("batch_sizes", size) for size in sizes)
+    if not found or list(found) != sorted(set(found)) or found[-1] != largest:
+        raise ValueError(
+            f"batch_sizes must be ascending and end with max_batch_size={largest}, got {sizes!r}"
+        )
+    return found
 
 
 def _duration(name: str, value: Any) -> float:

@@ -75,7 +75,7 @@ class Serving:
         self._attached: list[InferenceTransport] = []
         # Batches on their way back: from the executor thread, and then still to be answered.
         self._finished: deque[tuple[Batch, list[_Delivery]]] = deque()
-        self._done: deque[tuple[Batch, list[_Delivery]]] = deque()
+        self._done: deque[list[_Delivery]] = deque()
         self._timer: TimerHandle | None = None
         self._timer_at = 0.0
         self._drained: asyncio.Future[None] = self.loop.create_future()
@@ -193,7 +193,7 @@ class Serving:
         while self._finished:
             batch, deliveries = self._finished.popleft()
             self._running.remove(batch)
-            self._done.append((batch, deliveries))
+            self._done.append(deliveries)
             if batch.failed:
                 self._count_failures(batch)
             self._batcher.forward_ended(batch.requests, batch.answered_at)
@@ -283,6 +283,14 @@ class Serving:
             if self._over:
                 return
             self._finished.append((batch, [d for d in deliveries if d[0].on_loop]))
+        # Counted before anybody is answered, who might then look.
+        times = BatchTimes(
+            [request.submitted_at for request in batch.requests],
+            batch.dispatched_at,
+            batch.forward_s,
+            batch.answered_at,
+        )
+        self._recorder.batch(batch.rows, batch.reason, times)
         for port, outcomes in deliveries:
             if not port.on_loop:
                 _deliver(port, outcomes)
@@ -292,18 +300,10 @@ class Serving:
             self.abandon()
 
     def _hand_out(self) -> None:
-        """Answer those who wait on this loop, and count."""
+        """Answer those who wait on this loop."""
         while self._done:
-            batch, deliveries = self._done.popleft()
-            for port, outcomes in deliveries:
+            for port, outcomes in self._done.popleft():
                 _deliver(port, outcomes)
-            times = BatchTimes(
-                [request.submitted_at for request in batch.requests],
-                batch.dispatched_at,
-                batch.forward_s,
-                batch.answered_at,
-            )
-            self._recorder.batch(batch.rows, batch.reason, times)
 
     def _withdraw(self, request: Request) -> None:
         """The caller no longer wants an answer."""

@@ -1,0 +1,243 @@
+"""Whether to wait: the judgement behind ``min_batch_size=None``.
+
+The executor is free and P rows wait. Leave now, or wait for the next arrivals?
+
+The server is one half of a *closed loop*: each caller asks, waits for its answer, thinks, and
+asks again. With N callers that think for Z on average and are answered after R, Little's law
+gives the throughput N / (Z + R). Z is not ours to change, so more throughput *is* a shorter
+mean time to the answer; the question is only over what horizon to look.
+
+A forward of B rows costs a + b*B, and the time in which the j next callers will have arrived is
+w (both learnt, see :mod:`aioinfer.estimates`). What changes if the batch waits for them?
+
+*   The P rows that wait now are answered later, by w and by the b*j of the larger batch.
+*   The j rows are answered sooner: they would have waited for the end of this forward and then
+    paid a forward of their own; now they wait for each other, and one fixed cost a is saved.
+
+Adding it up, the waiting time saved is ``j*(a - b*P) - w*(P + j)``: positive only for arrivals
+that come within a fraction of a forward. This is the *near* view, right wherever arrivals are
+spread out. Callers that come later than the end of the forward never matter.
+
+It does not see what lasts. Two halves of the callers that alternate, each arriving while the
+other computes, stay two halves for ever unless somebody waits once for long; whether that is
+better depends on the time they think. If the executor has no idle time and *most* of those who
+are out come back within w, waiting makes them one group from now on. The *far* view compares
+rates, (P + j) rows every w + a + b*(P + j) seconds against P every a + b*P, which comes down to
+``j*a > P*w``. Joining what would be better apart is avoided by the same comparison: with
+thinking time Z the halves are Z behind each other, and ``j*a > P*Z`` fails for Z > a. (A batch
+that is worth holding is the question of bulk-service queues, going back to Bailey 1954 and to
+Neuts' "general bulk service rule" of 1967, whose single threshold this replaces; counting the
+fixed cost against the delay is what Clipper and Nexus do with batch sizes, off line.)
+
+And where all callers are already waiting, the reverse question: one batch, or G batches one
+after the other? The cycle is Z + cost(N/G) if thinking is the bottleneck and G*cost(N/G) if the
+executor is. Whichever G makes the longer of the two shortest is taken: the groups alternate
+from then on, one computing while the other thinks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Hashable
+
+from aioinfer.estimates import Cohort, ForwardCost, ThinkTimes
+from aioinfer.request import Source
+
+COLD_TIMEOUT_S = 0.002
+"""How long a batch is held for callers of whom nothing is known yet."""
+
+_COHORTS = 4  # batches whose callers are expected back; who is out for longer is not waited for
+_MOST = 0.7  # share of those expected that makes waiting a matter of the far view
+_BUSY = 0.8  # utilisation from which the far view counts
+_GROUPS = (2, 3, 4, 5, 6, 8, 12, 16)
+_QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.97)
+
+
+class Patience:
+    """Learns from what happens, and judges.
+
+    Args:
+        far_sighted: whether the far view counts (``objective="throughput"``).
+    """
+
+    def __init__(self, *, far_sighted: bool) -> None:
+        self.think = ThinkTimes()
+        self._far_sighted = far_sighted
+        self._costs: dict[Hashable, ForwardCost] = {}
+        self._cohorts: deque[Cohort] = deque(maxlen=_COHORTS)
+        self._newcomers: Cohort | None = None
+        self._utilisation = 0.0
+        self._started_at = -math.inf
+        self._ended_at = -math.inf
+        self._ignore_before = -math.inf
+        self._pauses = 0
+
+    # -- what happened ------------------------------------------------------
+
+    def join(self, source: Source) -> None:
+        """A client exists and may ask."""
+        newcomers = self._newcomers
+        if newcomers is None or newcomers not in self._cohorts:
+            newcomers = self._newcomers = Cohort(None, self._ended_at, 1)
+            self._cohorts.append(newcomers)
+        self.expect(source, newcomers)
+
+    def leave(self, source: Source) -> None:
+        """A client is gone."""
+        if source.cohort is not None:
+            source.cohort.left -= source.expected
+        source.expected = 0
+
+    def returned(self, cohort: Cohort, now: float, *, idle: bool) -> None:
+        """One of ``cohort`` asks again; ``idle``: it finds nobody waiting or being served."""
+        if idle and self._is_pause(now):
+            self._pauses += 1
+            self._ignore_before = now
+        if cohort is not self._newcomers and cohort.answered_at >= self._ignore_before:
+            self._pauses = 0
+            self.think.learn(now - cohort.answered_at)
+
+    def _is_pause(self, now: float) -> bool:
+        """Whether everybody paused until now (an evaluation, a long update of the learner).
+
+        That says nothing about how callers think, so who was out over a pause is not learnt
+        from. A third pause in a row is how they think now.
+        """
+        quiet = now - self._ended_at
+        return self.think.known and self._pauses < 3 and quiet > 4 * self.think.longest
+
+    def started(self, now: float) -> None:
+        """A forward starts."""
+        if now > self._started_at > -math.inf:
+            busy = (self._ended_at - self._started_at) / (now - self._started_at)
+            self._utilisation += (min(busy, 1.0) - self._utilisation) / 10
+        self._started_at = now
+
+    def ended(self, kind: Hashable, size: int, callers: int, now: float) -> Cohort:
+        """A forward of ``size`` rows for ``callers`` ended; return the cohort to put them in."""
+        self._ended_at = now
+        cost = self._costs.get(kind)
+        if cost is None:
+            if len(self._costs) >= 256:  # shapes that keep changing must not fill memory
+                self._costs.clear()
+            cost = self._costs[kind] = ForwardCost()
+        cost.learn(size, now - self._started_at)
+        cohort = Cohort(kind, now, 1 if callers <= 16 else 4)
+        self._cohorts.append(cohort)
+        return cohort
+
+    def expect(self, source: Source, cohort: Cohort) -> None:
+        """One more request of ``source`` is expected, as one of ``cohort``."""
+        if source.cohort is not cohort:
+            if source.cohort is not None:  # several in flight: they all count from now
+                source.cohort.left -= source.expected
+                cohort.left += source.expected
+            source.cohort = cohort
+        source.expected += 1
+        cohort.left += 1
+
+    def forget(self) -> None:
+        """Expect nobody who is out now."""
+        self._cohorts.clear()
+
+    # -- judgement ----------------------------------------------------------
+
+    @property
+    def knows_callers(self) -> bool:
+        """Whether enough think times were seen to judge by."""
+        return self.think.known
+
+    def cost(self, kind: Hashable, size: int, now: float) -> float:
+        """Return what a forward is expected to cost; 0 where that is unknown or outdated.
+
+        Outdated after a second without a forward, so that an estimate that is far too high
+        cannot keep everything from running, and itself from being corrected.
+        """
+        cost = self._costs.get(kind)
+        return 0.0 if cost is None or now - self._ended_at > 1.0 else cost.of(size)
+
+    def expected(self, kind: Hashable) -> int:
+        """Return how many requests of this kind may soon arrive."""
+        return sum([c.left for c in self._cohorts if c.kind is kind or c.kind is None])
+
+    def wait(self, kind: Hashable, rows: int, room: int, now: float) -> tuple[float, int] | None:
+        """Judge whether ``rows`` waiting rows should wait for more.
+
+        Args:
+            kind: their signature.
+            rows: how many wait, at least 1.
+            room: how many more fit into the batch.
+            now: the time.
+
+        Returns:
+            Until when to wait, and for how many arrivals at most; ``None`` to leave now.
+        """
+        cost = self._costs.get(kind)
+        if cost is None:
+            return None
+        a = cost.fixed
+        near_a = a - cost.per_row * rows
+        far = self._far_sighted and self._utilisation > _BUSY
+        if near_a <= 0.0 and not far:
+            return None
+        horizon = a + cost.per_row * rows
+        think = self.think.sorted
+        known = len(think)
+        returned = self.think.returned
+        out: list[tuple[float, float, int]] = []  # (weight, age, how many return by that age)
+        largest = 0.0
+        most = 0.0
+        lead = 0
+        for cohort in self._cohorts:
+            left = cohort.left
+            if left > 0 and (cohort.kind is kind or cohort.kind is None):
+                age = now - cohort.answered_at
+                done = returned(age)
+                if done < known:
+                    out.append((left / (known - done), age, done))
+                    most += left
+                    if left >= largest:
+                        largest, lead = left, len(out) - 1
+        if not out:
+            return None
+        _, lead_age, lead_done = out[lead]
+        best = 0.0
+        until, arrivals = now, 1.0
+        for quantile in _QUANTILES:
+            wait = think[lead_done + int((known - lead_done) * quantile)] - lead_age
+            if wait > horizon:
+                break
+            wait *= 1.001  # past the think time itself
+            if most * (a if far else near_a) <= rows * wait + best:
+                break  # not even if everybody came
+            coming = 0.0
+            for weight, age, done in out:
+                coming += weight * (returned(age + wait) - done)
+            if coming > room:
+                coming = room
+            if far and coming >= _MOST * most:
+                saved = coming * a - rows * wait
+            else:
+                saved = coming * near_a - wait * (rows + coming)
+            if saved > best:
+                best, until, arrivals = saved, now + wait, coming
+        return (until, max(1, math.ceil(arrivals - 1e-6))) if best > 0.0 else None
+
+    def groups(self, kind: Hashable, rows: int) -> int:
+        """Into how many batches to divide ``rows`` rows that are all there is; at least 1."""
+        cost = self._costs.get(kind)
+        if cost is None or not self._far_sighted or rows < 2 or not self.think.known:
+            return 1
+        think = self.think.median
+        if think < cost.fixed:
+            return 1
+        best, cycle = 1, think + cost.of(rows)
+        for groups in _GROUPS:
+            if groups > rows:
+                break
+            forward = cost.fixed + cost.per_row * rows / groups
+            longer = max(think + forward, groups * forward)
+            if longer < 0.98 * cycle:
+                best, cycle = groups, longer
+        return best
