@@ -258,9 +258,9 @@ class Batcher:
 
     def _verdict(self, kind: Hashable, queue: _Queue, now: float) -> Reason | Wait:
         rows = queue.rows
-        room = self.max_batch_size - rows
+        room = min(self.max_batch_size - rows, self.max_queue_size - self.rows)
         if self._closing:
-            return Reason.CLOSING if room > 0 else Reason.FULL
+            return Reason.CLOSING if rows < self.max_batch_size else Reason.FULL
         least = self.min_batch_size
         if least is None and not self._patience.expected(kind):
             return Reason.ALL_CLIENTS_IN
@@ -270,7 +270,7 @@ class Batcher:
         if leave_by <= now:
             return Reason.DEADLINE
         if least is not None:
-            return Reason.MINIMUM if rows >= least else Wait(leave_by, least - rows)
+            return Reason.MINIMUM if rows >= least else Wait(leave_by, min(least - rows, room))
         if not self._patience.knows_callers:
             return self._verdict_when_cold(kind, leave_by, room, now)
         wait = self._patience.wait(kind, rows, room, now)
@@ -294,9 +294,11 @@ class Batcher:
             if self._patience.knows_callers:
                 wait = self._patience.wait(self._kind, 1, self.max_batch_size - 1, now)
                 if wait is not None:
-                    return Wait(min(wait[0], self._ended_at + self.timeout), wait[1] + 1)
+                    until = min(wait[0], self._ended_at + self.timeout)
+                    return Wait(until, min(wait[1] + 1, self.max_queue_size))
             elif now < self._ended_at + min(self.timeout, COLD_TIMEOUT_S):
-                expected = min(self._patience.expected(self._kind), self.max_batch_size)
+                room = min(self.max_batch_size, self.max_queue_size)
+                expected = min(self._patience.expected(self._kind), room)
                 if expected > 1:
                     return Wait(self._ended_at + min(self.timeout, COLD_TIMEOUT_S), expected)
         return Wait(None, 1)

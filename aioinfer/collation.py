@@ -111,6 +111,8 @@ class Collator:
         if not self._plain_out_keys or not isinstance(self._version_key, str | None):
             return None
         if self._out_keys is None:
+            if type(answer) is not TensorDict:  # a tensorclass stays one
+                return None
             leaves = dict(answer.items())
         else:
             leaves = {key: answer.get(key, None) for key in self._out_keys}
@@ -124,10 +126,10 @@ class Collator:
     def _outbound(self, leaf: torch.Tensor) -> torch.Tensor:
         if self._output_device is not None:
             leaf = leaf.to(self._output_device)
-        if leaf._is_view():
-            # Its rows may share memory (expand), or belong to the policy (a slice of a
-            # buffer); what a caller does to its reply in place must stay with the caller.
-            leaf = leaf.clone(memory_format=torch.contiguous_format)
+        if leaf._is_view() or leaf.requires_grad:
+            # Its rows may share memory (expand), or belong to the policy (a parameter, a slice
+            # of a buffer); what a caller does to its reply must stay with the caller.
+            leaf = leaf.detach().clone(memory_format=torch.contiguous_format)
         return leaf
 
     def _split_any(

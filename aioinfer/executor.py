@@ -61,6 +61,9 @@ class Executor(Protocol):
     def call(self, function: Callable[[], Any]) -> Future[Any]:
         """Run a function between batches, at once if the executor is not started."""
 
+    def is_here(self) -> bool:
+        """Whether the calling thread is the one that runs the batches."""
+
     def stop(self) -> Future[None]:
         """Finish what was submitted, then end. Does not wait; the future does."""
 
@@ -71,43 +74,52 @@ class ThreadExecutor:
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._stopping = False
-        self._lock = threading.Lock()  # between a call and a stop
+        self._lock = threading.Lock()  # between a call, a start and a stop
         self._jobs: queue.SimpleQueue[Batch | _Call | None] = queue.SimpleQueue()
         self._stopped: Future[None] = Future()
 
     def start(self, run: Callable[[Batch], None], finished: Callable[[Batch], None]) -> None:
-        # The thread of an earlier start may still be in a forward that nobody waits for;
-        # two threads must never use the model at once.
-        predecessor = self._thread
-        self._stopping = False
-        self._jobs = queue.SimpleQueue()
-        self._stopped = Future()
-        self._stopped.set_running_or_notify_cancel()  # so that nobody can cancel it
-        self._thread = threading.Thread(
-            target=_work,
-            args=(self._jobs, run, finished, predecessor, self._stopped),
-            name="aioinfer-executor",
-            daemon=True,
-        )
-        _threads.add(self._thread)
-        self._thread.start()
+        with self._lock:
+            self._stopping = False
+            self._jobs = queue.SimpleQueue()
+            self._stopped = Future()
+            self._stopped.set_running_or_notify_cancel()  # so that nobody can cancel it
+            # The thread of an earlier start may still be in a forward that nobody waits for;
+            # two threads must never use the model at once.
+            predecessor = self._thread
+            self._thread = threading.Thread(
+                target=_work,
+                args=(self._jobs, run, finished, predecessor, self._stopped),
+                name="aioinfer-executor",
+                daemon=True,
+            )
+            _threads.add(self._thread)
+            self._thread.start()
 
     def submit(self, batch: Batch) -> None:
         self._jobs.put(batch)
 
     def call(self, function: Callable[[], Any]) -> Future[Any]:
         job = _Call(function)
-        thread = self._thread
+        if self.is_here():
+            job.run()
+            return job.future
         with self._lock:
-            here = thread is threading.current_thread()
-            if thread is not None and not self._stopping and not here:
+            thread = self._thread
+            if thread is not None and not self._stopping:
                 self._jobs.put(job)
                 return job.future
-        if thread is None or here or not thread.is_alive():
-            job.run()
-        else:  # stopping, and perhaps still in a last forward
-            threading.Thread(target=job.run_after, args=(thread,), daemon=True).start()
+            if thread is not None and thread.is_alive():
+                # Stopping, and perhaps still in a last forward. What starts next waits for
+                # this in turn.
+                self._thread = threading.Thread(target=job.run_after, args=(thread,), daemon=True)
+                self._thread.start()
+                return job.future
+        job.run()
         return job.future
+
+    def is_here(self) -> bool:
+        return threading.current_thread() is self._thread
 
     def stop(self) -> Future[None]:
         with self._lock:
@@ -202,6 +214,8 @@ class ForwardPass:
         """Set the outcomes and times of ``batch``. Never raises."""
         batch.outcomes = self._outcomes(batch, batch.requests, batch.rows)
         batch.answered_at = self._clock()
+        for request in batch.requests:
+            request.data = None  # a caller may keep its future, and with it the request
 
     def _outcomes(self, batch: Batch, requests: list[Request], rows: int) -> list[Outcome]:
         try:

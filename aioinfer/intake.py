@@ -8,6 +8,7 @@ threads are crossed once per batch and not once per request.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import threading
 from collections import deque
@@ -216,7 +217,7 @@ class Intake:
 
     def _notify(self, notice: Notice, about: Source | Request) -> None:
         self.notices.append((notice, about))
-        if self._wake_at != ANY_NUMBER:
+        with contextlib.suppress(ServerDiedError):  # then there is nobody to notify
             self._wake_server()
 
     def _wake_server(self) -> None:

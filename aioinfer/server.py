@@ -345,6 +345,8 @@ class InferenceServer:
                 raise RuntimeError(
                     "this server is already running; close it before starting it again"
                 )
+            if self._background is not None:  # of a server that ended without being shut down
+                self.shutdown()
             background = BackgroundLoop()
             try:
                 background.call(self._open)
@@ -352,9 +354,12 @@ class InferenceServer:
                 background.close()
                 raise
             self._background = background
-            # A program that forgets shutdown() still ends without a forward being cut off.
-            atexit.register(self.shutdown)
+            # A program that forgets shutdown() still ends, without a forward being cut off.
+            atexit.register(self._at_exit)
         return self
+
+    def _at_exit(self) -> None:
+        self.shutdown(timeout=2.0)
 
     def shutdown(self, timeout: float | None = None, *, drain: bool = True) -> None:
         """Close the server from a thread, and wait for it; harmless if it is closed.
@@ -366,15 +371,18 @@ class InferenceServer:
             drain: as in :meth:`aclose`.
 
         Raises:
-            RuntimeError: called on the server's own event loop; await :meth:`aclose`.
+            RuntimeError: called on the server's own event loop (await :meth:`aclose` there), or
+                from an update or a forward of its own policy, for whose end it waits.
         """
         if timeout is not None:
             timeout = _duration("timeout", timeout)
         self._not_on_loop("shutdown()", "await aclose()")
+        if self._executor.is_here():
+            raise RuntimeError("shutdown() from the server's own executor thread waits for itself")
         with self._lifecycle:
             background, self._background = self._background, None
             if background is not None:
-                atexit.unregister(self.shutdown)
+                atexit.unregister(self._at_exit)
                 try:
                     if self.is_alive:
                         background.call(self._close, timeout, drain)
@@ -465,6 +473,8 @@ def _count(name: str, value: Any) -> int:
 
 
 def _sizes(sizes: Any, largest: int) -> tuple[int, ...]:
+    if not isinstance(sizes, Sequence) or isinstance(sizes, str):
+        raise TypeError(f"batch_sizes must be a sequence of int or None, got {sizes!r}")
     found = tuple(_count("batch_sizes", size) for size in sizes)
     if not found or list(found) != sorted(set(found)) or found[-1] != largest:
         raise ValueError(

@@ -90,7 +90,7 @@ class Serving:
         Raises:
             RuntimeError: a transport already serves another server.
         """
-        self._executor.start(self._run, self._on_finished)
+        self._executor.start(self._run_batch, self._on_finished)
         try:
             for transport in self._transports:
                 await transport.attach(self._intake)
@@ -104,14 +104,16 @@ class Serving:
         make_error: Callable[[], InferenceError] = _closed
         try:
             await self._drained
+        except GeneratorExit:  # thrown away together with its loop
+            self.abandon()
+            raise
         except asyncio.CancelledError:
-            make_error = _task_cancelled
+            await self._end(_task_cancelled)
             raise
         except Exception as error:
             _log.exception("the server stopped because of an error of its own")
             make_error = _because(error)
-        finally:
-            await self._end(make_error)
+        await self._end(make_error)
 
     def close(self, *, drain: bool) -> None:
         """Accept nothing more; answer what was accepted, or only fail it."""
@@ -123,8 +125,9 @@ class Serving:
 
     def abandon(self) -> None:
         """The loop was closed under the server: nothing can be awaited any more."""
-        self._finish(loop_closed)
-        self._executor.stop()
+        if not self._over:
+            self._finish(loop_closed)
+            self._executor.stop()
 
     @property
     def queue_depth(self) -> int:
@@ -169,6 +172,7 @@ class Serving:
         if self._over:
             return
         try:
+            self._take_notices()  # first: who gave up during the forward was not answered
             self._take_finished()
             self._decide()
             # Replies go out after the next batch has: the executor works meanwhile.
@@ -216,6 +220,7 @@ class Serving:
         while intake.pending:
             request = intake.take()
             if request.state is State.DONE:  # withdrawn before it came this far
+                taken += 1
                 continue
             if not batcher.has_room(request.rows):
                 intake.put_back(request)
@@ -274,14 +279,18 @@ class Serving:
 
     # -- replies ------------------------------------------------------------
 
+    def _run_batch(self, batch: Batch) -> None:
+        if not self._over:
+            self._run(batch)
+
     def _on_finished(self, batch: Batch) -> None:
         """The executor finished a batch. Runs on the executor thread."""
-        deliveries = _by_port(batch.outcomes)
         # First the note for the loop, then the answers: a thread that is answered may ask
         # again at once, and the batcher must not see that before it knows of the answer.
         with self._lock:
             if self._over:
                 return
+            deliveries = _by_port(batch.outcomes)
             self._finished.append((batch, [d for d in deliveries if d[0].on_loop]))
         # Counted before anybody is answered, who might then look.
         times = BatchTimes(
@@ -311,6 +320,7 @@ class Serving:
             return
         for part in request.parts or (request,):
             self._batcher.discard(part)
+            part.data = None
         request.state = State.DONE
         if request.given_up is GivenUp.TIMED_OUT:
             self._recorder.timed_out += 1

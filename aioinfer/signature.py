@@ -15,6 +15,7 @@ import torch
 from tensordict import (
     TensorDict,
     TensorDictBase,
+    is_leaf_nontensor,
     is_non_tensor,
     is_tensor_collection,
     is_tensorclass,
@@ -141,7 +142,7 @@ def _describe_other(
     batched = len(batch_size) > 0
     rows = _rows(batch_size) if batched else 1
     try:
-        items = list(td.items(include_nested=True, leaves_only=True, is_leaf=_is_leaf))
+        items = list(td.items(include_nested=True, leaves_only=True, is_leaf=is_leaf_nontensor))
     except RuntimeError as error:
         raise InvalidRequestError(
             "the rows of a request must be alike, but this lazy stack cannot be stacked: "
@@ -159,11 +160,6 @@ def _describe_other(
         tuple(key for key, _ in fields), tuple(leaf for _, leaf in fields), mode, False, kind
     )
     return td, rows, batched, signature
-
-
-def _is_leaf(kind: type) -> bool:
-    """Tensors and non-tensor data are leaves; every other collection is walked into."""
-    return not is_tensor_collection(kind) or is_non_tensor(kind)
 
 
 def _rows(batch_size: torch.Size) -> int:

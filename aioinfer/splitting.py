@@ -42,6 +42,7 @@ def split(request: Request, max_rows: int) -> list[Request]:
         part.whole = request
         parts.append(part)
     request.parts = parts
+    request.data = None
     request.state = State.QUEUED
     return parts
 
@@ -80,4 +81,5 @@ class _JoiningPort:
 
     def _answer(self, outcome: Any) -> None:
         self._whole.state = State.DONE
+        self._whole.parts = None  # they refer to this port, and it to the whole
         self._whole.port.deliver([(self._whole, outcome)])

@@ -522,6 +522,10 @@ class PuppetExecutor:
         self._run_calls()
         return job.future
 
+    def is_here(self) -> bool:
+        """Whether the calling thread runs the batches: never exclusively, so no."""
+        return False
+
     def stop(self) -> Future[None]:
         """End, once the batches that wait have been run; functions that wait run now."""
         with self._bell.lock:
