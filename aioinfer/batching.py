@@ -26,8 +26,9 @@ The rules, in the order in which they decide:
     and everyone is overtaken for a bounded time only.
 7.  Requests of different signatures never share a batch. Each signature has a queue; of the
     queues that may leave, the one with the most urgent head does.
-8.  A request that was given up, or whose deadline has passed or will have passed by the end
-    of a forward of it alone, is not put into a batch.
+8.  A request that was given up, or whose deadline has passed, is not put into a batch; nor
+    is one whose deadline will have passed by the end of a forward of it alone, unless there
+    is nothing else to run.
 9.  At most ``max_queue_size`` rows wait; :meth:`Batcher.has_room` says whether one more
     request fits. A request larger than the whole queue fits an empty one.
 10. With ``batch_sizes``, a forward has one of these sizes: the next larger one, padded, or the
@@ -268,6 +269,8 @@ class Batcher:
             return Reason.FULL
         leave_by = queue.leave_by()
         if leave_by <= now:
+            if least is None and not self._patience.knows_callers:
+                self._patience.forget()
             return Reason.DEADLINE
         if least is not None:
             return Reason.MINIMUM if rows >= least else Wait(leave_by, min(least - rows, room))
@@ -410,24 +413,30 @@ class _Queue:
         """Take the most urgent requests that fit; also the expired ones met on the way."""
         taken: list[Request] = []
         expired: list[Request] = []
+        doomed: list[Request] = []
         rows = 0
         while rows < max_rows:
-            if self._by_urgency:
-                request = self._most_urgent()
-            else:
-                request = self._first_ordinary()
+            request = self._most_urgent() if self._by_urgency else self._first_ordinary()
             if request is None:
                 break
             if request.deadline is not None and request.deadline <= now + forward_s:
-                request.state = _DONE
-                self.rows -= request.rows
-                expired.append(request)
+                request.state = _RUNNING
+                (expired if request.deadline <= now else doomed).append(request)
                 continue
-            if rows + request.rows > max_rows:
+            if taken and rows + request.rows > max_rows:
                 break
             request.state = _RUNNING  # which takes it out of the queue
             rows += request.rows
             taken.append(request)
+        if doomed and not taken:
+            # Nothing better to do than to try: the estimate may be wrong, and stays so unless
+            # something runs.
+            taken.append(doomed.pop(0))
+            rows = taken[0].rows
+        expired += doomed
+        for request in expired:
+            request.state = _DONE
+            self.rows -= request.rows
         self.rows -= rows
         self._requests -= len(taken) + len(expired)
         self._compact()

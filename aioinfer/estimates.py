@@ -16,8 +16,8 @@ class ForwardCost:
     """The cost of a forward as ``fixed + per_row * rows``, in seconds.
 
     Durations are smoothed per power of two of the rows, each step bounded to twice what was
-    expected and taken more readily downwards than upwards: the first forwards, which compile,
-    allocate and warm up, are forgotten within a few. A line is fitted through the smoothed
+    expected and taken more readily downwards than upwards, at first without reserve: forwards
+    that compile, allocate and warm up are forgotten at the next one. A line is fitted through the smoothed
     points. While only one size has been seen, half of its cost is taken to be fixed.
     """
 
@@ -37,7 +37,11 @@ class ForwardCost:
         else:
             point.rows += (rows - point.rows) / 8
             step = min(seconds, 2 * point.seconds) - point.seconds
-            point.seconds += step / (4 if step < 0 else 8)
+            if step > 0:
+                step /= 8
+            elif point.weight > 8:
+                step /= 4
+            point.seconds += step
             point.weight = min(point.weight + 1, 16)
         self.learnt += 1
         if self.learnt < 16 or self.learnt % 8 == 0:

@@ -357,6 +357,7 @@ class Serving:
         for part in whole.parts or ():
             if part is not request:
                 self._batcher.discard(part)
+        whole.parts = None
         return True
 
 

@@ -334,7 +334,7 @@ class _Simulation:
             self._at(request.deadline, self._give_up, request)
         self._batcher.push(request)
         self._arrivals += 1
-        self._asked = self._asked or request.special and kind.rows > 1
+        self._asked = self._asked or (request.special and kind.rows > 1)
 
     def _give_up(self, request: Request) -> None:
         if request.state is not State.DONE:

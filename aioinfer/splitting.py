@@ -81,5 +81,7 @@ class _JoiningPort:
 
     def _answer(self, outcome: Any) -> None:
         self._whole.state = State.DONE
-        self._whole.parts = None  # they refer to this port, and it to the whole
+        self._results.clear()
+        if not isinstance(outcome, BaseException):
+            self._whole.parts = None  # they refer to the whole
         self._whole.port.deliver([(self._whole, outcome)])
