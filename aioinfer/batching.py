@@ -122,6 +122,8 @@ class Batcher:
             for any.
         far_sighted: whether throughput in the long run counts, rather than the mean latency
             of the requests at hand.
+        independent: whether clients can think while a forward runs, because they do not share
+            the interpreter with it.
     """
 
     def __init__(
@@ -133,6 +135,7 @@ class Batcher:
         max_queue_size: int,
         batch_sizes: Sequence[int] | None = None,
         far_sighted: bool = True,
+        independent: bool = True,
     ) -> None:
         self.max_batch_size = max_batch_size
         self.min_batch_size = min_batch_size
@@ -147,7 +150,7 @@ class Batcher:
         self._sizes = batch_sizes
         self._queues: dict[Hashable, _Queue] = {}
         self._closing = False
-        self._patience = Patience(far_sighted=far_sighted)
+        self._patience = Patience(far_sighted=far_sighted, independent=independent)
         self._kind: Hashable = None
         self._size = 0
         self._ended_at = -math.inf

@@ -17,8 +17,9 @@ class ForwardCost:
 
     Durations are smoothed per power of two of the rows, each step bounded to twice what was
     expected and taken more readily downwards than upwards, at first without reserve: forwards
-    that compile, allocate and warm up are forgotten at the next one. A line is fitted through the smoothed
-    points. While only one size has been seen, half of its cost is taken to be fixed.
+    that compile, allocate and warm up are forgotten at the next one. A line is fitted through
+    the smoothed points. While only one size has been seen, half of its cost is taken to be
+    fixed.
     """
 
     def __init__(self) -> None:

@@ -59,11 +59,15 @@ class Patience:
 
     Args:
         far_sighted: whether the far view counts (``objective="throughput"``).
+        independent: whether callers think while a forward runs. Those of the server's own
+            interpreter do so only as far as the two leave each other room, so they are never
+            divided into groups.
     """
 
-    def __init__(self, *, far_sighted: bool) -> None:
+    def __init__(self, *, far_sighted: bool, independent: bool = True) -> None:
         self.think = ThinkTimes()
         self._far_sighted = far_sighted
+        self._independent = independent
         self._costs: dict[Hashable, ForwardCost] = {}
         self._cohorts: deque[Cohort] = deque(maxlen=_COHORTS)
         self._newcomers: Cohort | None = None
@@ -227,7 +231,9 @@ class Patience:
     def groups(self, kind: Hashable, rows: int) -> int:
         """Into how many batches to divide ``rows`` rows that are all there is; at least 1."""
         cost = self._costs.get(kind)
-        if cost is None or not self._far_sighted or rows < 2 or not self.think.known:
+        if cost is None or rows < 2 or not self.think.known:
+            return 1
+        if not (self._far_sighted and self._independent):
             return 1
         think = self.think.median
         if think < cost.fixed:

@@ -293,6 +293,7 @@ class InferenceServer:
             max_queue_size=self._max_queue_size,
             batch_sizes=self._sizes,
             far_sighted=self._far_sighted,
+            independent=not any(transport.in_process for transport in self._transports),
         )
         serving = Serving(
             self._transports,

@@ -23,6 +23,9 @@ class InferenceTransport(abc.ABC):
     makes a subclass the one that ``transport=None`` stands for.
     """
 
+    in_process: ClassVar[bool] = False
+    """Whether its clients share the server's interpreter, and so compete with the forward."""
+
     _default: ClassVar[type[InferenceTransport]]
 
     def __init_subclass__(cls, *, default: bool = False, **kwargs: Any) -> None:

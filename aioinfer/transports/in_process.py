@@ -57,6 +57,8 @@ class _ThreadPort:
 class InProcessTransport(InferenceTransport, default=True):
     """Serves coroutines of any event loop and threads alike; what ``transport=None`` means."""
 
+    in_process = True
+
     def __init__(self) -> None:
         self._intake: Intake | None = None
         self._sources: weakref.WeakSet[Source] = weakref.WeakSet()
