@@ -27,8 +27,8 @@ The rules, in the order in which they decide:
 7.  Requests of different signatures never share a batch. Each signature has a queue; of the
     queues that may leave, the one with the most urgent head does.
 8.  A request that was given up, or whose deadline has passed, is not put into a batch; nor
-    is one whose deadline will have passed by the end of a forward of it alone, unless there
-    is nothing else to run.
+    is one that has not even half the time left that a forward of it alone is expected to
+    take, unless there is nothing else to run.
 9.  At most ``max_queue_size`` rows wait; :meth:`Batcher.has_room` says whether one more
     request fits. A request larger than the whole queue fits an empty one.
 10. With ``batch_sizes``, a forward has one of these sizes: the next larger one, padded, or the
@@ -380,7 +380,8 @@ class _Queue:
         leave_by = request.submitted_at + self._timeout
         urgency = request.submitted_at + AGEING_S
         if request.deadline is not None:
-            leave_by = min(leave_by, request.deadline - forward_s)
+            # With something to spare: what takes longer than expected is late by all of it.
+            leave_by = min(leave_by, request.deadline - 1.5 * forward_s - 0.001)
             urgency = min(urgency, request.deadline)
         urgency -= AGEING_S * request.priority
         heapq.heappush(self._by_urgency, (urgency, self._arrivals, request))
@@ -422,7 +423,7 @@ class _Queue:
             request = self._most_urgent() if self._by_urgency else self._first_ordinary()
             if request is None:
                 break
-            if request.deadline is not None and request.deadline <= now + forward_s:
+            if request.deadline is not None and request.deadline <= now + forward_s / 2:
                 request.state = _RUNNING
                 (expired if request.deadline <= now else doomed).append(request)
                 continue

@@ -230,9 +230,13 @@ class SyncInferenceClient(_Client):
         """
         future: concurrent.futures.Future[TensorDictBase] = concurrent.futures.Future()
         request = self._request(td, timeout, priority, interaction_type, future)
-        if block and not self._transport.wait_for_room(request.rows, timeout):
-            assert timeout is not None
-            raise _late(timeout)
+        if block:
+            before = self._transport.clock()
+            if not self._transport.wait_for_room(request.rows, timeout):
+                assert timeout is not None
+                raise _late(timeout)
+            if timeout is not None:
+                request.timeout = max(0.0, timeout - (self._transport.clock() - before))
         self._send(request, None, block=block)
         timer = None if timeout is None else self._arm(request, timeout)
 

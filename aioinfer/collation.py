@@ -124,13 +124,12 @@ class Collator:
         return columns
 
     def _outbound(self, leaf: torch.Tensor) -> torch.Tensor:
-        if self._output_device is not None:
-            leaf = leaf.to(self._output_device)
-        if leaf._is_view() or leaf.requires_grad:
-            # Its rows may share memory (expand), or belong to the policy (a parameter, a slice
-            # of a buffer); what a caller does to its reply must stay with the caller.
-            leaf = leaf.detach().clone(memory_format=torch.contiguous_format)
-        return leaf
+        moved = leaf if self._output_device is None else leaf.to(self._output_device)
+        if moved is leaf:
+            # It may belong to the policy, which writes its next answer there (`out=`, a graph),
+            # and its rows may share memory (`expand`): a reply belongs to its caller alone.
+            moved = leaf.detach().clone(memory_format=torch.contiguous_format)
+        return moved
 
     def _split_any(
         self, answer: TensorDictBase, requests: Sequence[Request], version: int

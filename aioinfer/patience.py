@@ -155,11 +155,14 @@ class Patience:
     def cost(self, kind: Hashable, size: int, now: float) -> float:
         """Return what a forward is expected to cost; 0 where that is unknown or outdated.
 
-        Outdated after a second without a forward, so that an estimate that is far too high
-        cannot keep everything from running, and itself from being corrected.
+        Unknown until three were seen, the first of which is often a warm-up. Outdated after a
+        second without one, so that an estimate that is far too high cannot keep everything
+        from running, and itself from being corrected.
         """
         cost = self._costs.get(kind)
-        return 0.0 if cost is None or now - self._ended_at > 1.0 else cost.of(size)
+        if cost is None or cost.learnt < 3 or now - self._ended_at > 1.0:
+            return 0.0
+        return cost.of(size)
 
     def expected(self, kind: Hashable) -> int:
         """Return how many requests of this kind may soon arrive."""

@@ -319,8 +319,8 @@ class Serving:
         if request.state is State.DONE:
             return
         for part in request.parts or (request,):
-            self._batcher.discard(part)
-            part.data = None
+            if self._batcher.discard(part):
+                part.data = None
         request.state = State.DONE
         if request.given_up is GivenUp.TIMED_OUT:
             self._recorder.timed_out += 1

@@ -92,11 +92,17 @@ def describe(td: Any, mode: InteractionType | None) -> tuple[Any, int, bool, Sig
     batch_size = td.batch_size
     fields = []
     leaves = []
-    for key, leaf in td.items():
-        if type(leaf) is not torch.Tensor:
-            return _describe_other(td, mode)
-        fields.append((key, leaf.shape, leaf.dtype, leaf.device))
-        leaves.append(leaf)
+    key: Any = None
+    try:
+        for key, leaf in td.items():
+            if type(leaf) is not torch.Tensor:
+                return _describe_other(td, mode)
+            fields.append((key, leaf.shape, leaf.dtype, leaf.device))
+            leaves.append(leaf)
+    except RuntimeError as error:  # a nested tensor
+        raise InvalidRequestError(
+            f"{key!r} has no shape ({error}); allowed are tensors with a fixed shape"
+        ) from error
     batched = batch_size != _ROW
     rows = _rows(batch_size) if batched else 1
     signature, order = _plain_signature(tuple(fields), batched, mode)
