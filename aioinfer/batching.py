@@ -315,7 +315,7 @@ class Batcher:
             limit = math.ceil(limit / self._patience.groups(kind, limit))
         if self._sizes is not None:
             limit = self._fitting(self._sizes, kind, limit, now)
-        requests, rows, expired = queue.take(limit, now, self._patience.cost(kind, 1, now))
+        requests, rows, expired = queue.take(limit, now, self._patience.least_cost(kind, now))
         self.rows -= rows + sum([request.rows for request in expired])
         if not queue.rows:
             del self._queues[kind]
@@ -423,7 +423,7 @@ class _Queue:
             request = self._most_urgent() if self._by_urgency else self._first_ordinary()
             if request is None:
                 break
-            if request.deadline is not None and request.deadline <= now + forward_s / 2:
+            if request.deadline is not None and request.deadline <= now + forward_s:
                 request.state = _RUNNING
                 (expired if request.deadline <= now else doomed).append(request)
                 continue

@@ -155,14 +155,19 @@ class Patience:
     def cost(self, kind: Hashable, size: int, now: float) -> float:
         """Return what a forward is expected to cost; 0 where that is unknown or outdated.
 
-        Unknown until three were seen, the first of which is often a warm-up. Outdated after a
-        second without one, so that an estimate that is far too high cannot keep everything
-        from running, and itself from being corrected.
+        Outdated after a second without a forward, so that an estimate that is far too high
+        cannot keep everything from running, and itself from being corrected.
         """
         cost = self._costs.get(kind)
-        if cost is None or cost.learnt < 3 or now - self._ended_at > 1.0:
-            return 0.0
-        return cost.of(size)
+        return 0.0 if cost is None or now - self._ended_at > 1.0 else cost.of(size)
+
+    def least_cost(self, kind: Hashable, now: float) -> float:
+        """Return what a forward costs at least, to refuse by; 0 until three were seen.
+
+        The first is often a warm-up, a hundred times as slow as the rest.
+        """
+        cost = self._costs.get(kind)
+        return 0.0 if cost is None or cost.learnt < 3 else self.cost(kind, 1, now) / 2
 
     def expected(self, kind: Hashable) -> int:
         """Return how many requests of this kind may soon arrive."""
