@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import threading
 import weakref
 from typing import TYPE_CHECKING, Any
 
 from tensordict import TensorDictBase
 from tensordict.nn import InteractionType
 
+import aioinfer.arguments as arguments
 from aioinfer.errors import ServerClosedError
 from aioinfer.request import GivenUp, Request, Source
 from aioinfer.signature import describe
@@ -23,8 +23,6 @@ from aioinfer.waiting import Waiter
 
 if TYPE_CHECKING:
     from aioinfer.transports.base import InferenceTransport
-
-MAX_PRIORITY = 1_000_000
 
 
 class _Client:
@@ -54,12 +52,12 @@ class _Client:
         interaction_type: InteractionType | str | None,
         handle: Any,
     ) -> Request:
-        mode = None if interaction_type is None else _mode(interaction_type)
+        mode = None if interaction_type is None else arguments.mode(interaction_type)
         data, rows, batched, signature = describe(td, mode)
         if timeout is not None:
-            timeout = _seconds(timeout)
+            timeout = arguments.duration("timeout", timeout)
         if priority:
-            _check_priority(priority)
+            arguments.priority(priority)
         return Request(data, rows, batched, signature, timeout, priority, self._source, handle)
 
 
@@ -271,33 +269,3 @@ def _leave(transport: InferenceTransport, source: Source) -> None:
 
 def _late(timeout: float) -> TimeoutError:
     return TimeoutError(f"no answer within timeout={timeout} s of the submission")
-
-
-def _seconds(timeout: Any) -> float:
-    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
-        raise TypeError(f"timeout must be a number of seconds or None, got {timeout!r}")
-    if not 0 <= timeout <= threading.TIMEOUT_MAX:
-        raise ValueError(
-            f"timeout must be a number of seconds between 0 and {threading.TIMEOUT_MAX:.0f}, "
-            f"got {timeout!r}"
-        )
-    return float(timeout)
-
-
-def _check_priority(priority: Any) -> None:
-    if isinstance(priority, bool) or not isinstance(priority, int):
-        raise TypeError(f"priority must be an int (larger is served sooner), got {priority!r}")
-    if abs(priority) > MAX_PRIORITY:
-        raise ValueError(
-            f"priority must be between -{MAX_PRIORITY} and {MAX_PRIORITY}, got {priority!r}"
-        )
-
-
-def _mode(interaction_type: Any) -> InteractionType:
-    try:
-        return InteractionType(interaction_type)
-    except ValueError:
-        allowed = ", ".join(repr(mode.value) for mode in InteractionType)
-        raise ValueError(
-            f"interaction_type must be one of {allowed} or None, got {interaction_type!r}"
-        ) from None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import math
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -15,6 +14,7 @@ import anyio.to_thread
 import torch
 from tensordict import TensorDictBase
 
+import aioinfer.arguments as arguments
 from aioinfer.batching import DEFAULT_STATIC_TIMEOUT_S, DEFAULT_TIMEOUT_S, Batcher
 from aioinfer.blocking import BackgroundLoop
 from aioinfer.client import InferenceClient, SyncInferenceClient
@@ -114,9 +114,9 @@ class InferenceServer:
         if not callable(model):
             raise TypeError(f"model must be callable on a TensorDict, got {model!r}")
         self._transports = _transports(transport)
-        self._max_batch_size = _count("max_batch_size", max_batch_size)
+        self._max_batch_size = arguments.count("max_batch_size", max_batch_size)
         self._min_batch_size = (
-            None if min_batch_size is None else _count("min_batch_size", min_batch_size)
+            None if min_batch_size is None else arguments.count("min_batch_size", min_batch_size)
         )
         if self._min_batch_size is not None and self._min_batch_size > self._max_batch_size:
             raise ValueError(
@@ -125,15 +125,19 @@ class InferenceServer:
             )
         if timeout is None:
             timeout = DEFAULT_TIMEOUT_S if min_batch_size is None else DEFAULT_STATIC_TIMEOUT_S
-        self._timeout = _duration("timeout", timeout)
+        self._timeout = arguments.duration("timeout", timeout)
         if objective not in ("throughput", "latency"):
             raise ValueError(f"objective must be 'throughput' or 'latency', got {objective!r}")
         self._far_sighted = objective == "throughput"
-        self._sizes = None if batch_sizes is None else _sizes(batch_sizes, max_batch_size)
+        self._sizes = (
+            None
+            if batch_sizes is None
+            else arguments.sizes("batch_sizes", batch_sizes, max_batch_size)
+        )
         self._max_queue_size = (
             max(4096, 64 * self._max_batch_size)
             if max_queue_size is None
-            else _count("max_queue_size", max_queue_size)
+            else arguments.count("max_queue_size", max_queue_size)
         )
         if collate_fn is not None and not callable(collate_fn):
             raise TypeError(f"collate_fn must be callable or None, got {collate_fn!r}")
@@ -143,16 +147,16 @@ class InferenceServer:
             raise TypeError(f"policy_version must be an int, got {policy_version!r}")
         self._version = policy_version
         self._in_keys = None if collate_fn is not None else getattr(model, "in_keys", None)
-        on = _device("device", device)
+        on = arguments.device("device", device)
         if on is not None and isinstance(model, torch.nn.Module):
             model.to(on)
         collator = Collator(
             collate_fn=collate_fn,
             device=on,
-            output_device=_device("output_device", output_device),
+            output_device=arguments.device("output_device", output_device),
             out_keys=getattr(model, "out_keys", None),
-            version_key=_key("policy_version_key", policy_version_key),
-            return_inputs=bool(return_inputs),
+            version_key=arguments.key("policy_version_key", policy_version_key),
+            return_inputs=arguments.flag("return_inputs", return_inputs),
         )
         self._forward = ForwardPass(
             model, collator, lambda: self._version, self._clock, self._sizes
@@ -376,7 +380,7 @@ class InferenceServer:
                 from an update or a forward of its own policy, for whose end it waits.
         """
         if timeout is not None:
-            timeout = _duration("timeout", timeout)
+            timeout = arguments.duration("timeout", timeout)
         self._not_on_loop("shutdown()", "await aclose()")
         if self._executor.is_here():
             raise RuntimeError("shutdown() from the server's own executor thread waits for itself")
@@ -447,46 +451,3 @@ def _transports(transport: Any) -> list[InferenceTransport]:
     if len({id(t) for t in transports}) < len(transports):
         raise ValueError(f"transport holds the same transport twice: {transport!r}")
     return list(transports)
-
-
-def _device(name: str, value: Any) -> torch.device | None:
-    if value is None:
-        return None
-    try:
-        return torch.device(value)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"{name} must be a torch device or None, got {value!r}") from error
-
-
-def _key(name: str, value: Any) -> Any:
-    parts = value if isinstance(value, tuple) and value else (value,)
-    if value is not None and not all(isinstance(part, str) for part in parts):
-        raise TypeError(f"{name} must be a str, a tuple of str, or None, got {value!r}")
-    return value
-
-
-def _count(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    return value
-
-
-def _sizes(sizes: Any, largest: int) -> tuple[int, ...]:
-    if not isinstance(sizes, Sequence) or isinstance(sizes, str):
-        raise TypeError(f"batch_sizes must be a sequence of int or None, got {sizes!r}")
-    found = tuple(_count("batch_sizes", size) for size in sizes)
-    if not found or list(found) != sorted(set(found)) or found[-1] != largest:
-        raise ValueError(
-            f"batch_sizes must be ascending and end with max_batch_size={largest}, got {sizes!r}"
-        )
-    return found
-
-
-def _duration(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number of seconds, got {value!r}")
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be a finite number of seconds >= 0, got {value!r}")
-    return float(value)
