@@ -319,8 +319,9 @@ class Serving:
         if request.state is State.DONE:
             return
         for part in request.parts or (request,):
-            if self._batcher.discard(part):
+            if part.state is not State.RUNNING:  # else the executor still needs it
                 part.data = None
+            self._batcher.discard(part)
         request.state = State.DONE
         if request.given_up is GivenUp.TIMED_OUT:
             self._recorder.timed_out += 1

@@ -293,24 +293,25 @@ class RecordingModel:
         finally:
             self.release()
 
-    def wait_until_entered(self, timeout: float = PATIENCE_S) -> None:
+    def wait_until_entered(self, timeout: float = PATIENCE_S, *, forwards: int = 1) -> None:
         """Block this thread until a forward is held.
 
         Args:
             timeout: real seconds.
+            forwards: how many forwards, each on a thread of its own, to wait for.
 
         Raises:
             TimeoutError: no forward began in time.
             RuntimeError: the model is not held, so a forward could come and go unseen.
         """
-        self._bell.wait(self._is_entered, timeout, "no forward began")
+        self._bell.wait(lambda: self._is_entered(forwards), timeout, "no forward began")
 
-    async def entered(self, timeout: float = PATIENCE_S) -> None:
+    async def entered(self, timeout: float = PATIENCE_S, *, forwards: int = 1) -> None:
         """Wait until a forward is held, without blocking the event loop.
 
         Arguments and errors are those of :meth:`wait_until_entered`.
         """
-        await self._bell.wait_async(self._is_entered, timeout, "no forward began")
+        await self._bell.wait_async(lambda: self._is_entered(forwards), timeout, "no forward began")
 
     # -- failing ------------------------------------------------------------
 
@@ -359,10 +360,10 @@ class RecordingModel:
             with self._bell.lock:
                 self._inside -= 1
 
-    def _is_entered(self) -> bool:
+    def _is_entered(self, forwards: int) -> bool:
         if self._gate is None:
             raise RuntimeError("the model is not held; call hold() first")
-        return self._at_gate > 0
+        return self._at_gate >= forwards
 
     def _open_gate(self, following: threading.Event | None) -> None:
         with self._bell.lock:

@@ -1,0 +1,184 @@
+"""What every test runs under: both event loops, no blocking call on a loop, nothing left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import inspect
+import logging
+import os
+import threading
+import time
+import traceback
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+
+import blockbuster.blockbuster
+import pytest
+import torch
+
+try:
+    import uvloop
+except ImportError:  # there is none for every platform
+    uvloop = None
+
+pytest.register_assert_rewrite("helpers")
+
+LEFT_BEHIND_S = 5.0
+"""Seconds that threads have to end, and descriptors to close, after a test."""
+
+
+def pytest_asyncio_loop_factories(
+    config: pytest.Config, item: pytest.Item
+) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """Run every async test on asyncio's own event loop and on uvloop."""
+    factories = {"asyncio": asyncio.SelectorEventLoop}
+    if uvloop is not None:
+        factories["uvloop"] = uvloop.new_event_loop
+    return factories
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _warmed_up() -> None:
+    """Get out of the way what is made once per process and stays."""
+    torch.set_num_threads(1)  # the tests are about small tensors, on as many cores as workers
+    if uvloop is not None:
+        loop = uvloop.new_event_loop()  # libuv keeps one pipe for signals, for ever
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.close()
+    gc.collect()
+    gc.freeze()  # so that the collection after each test looks at the test's objects only
+
+
+# -- no blocking call on an event loop --------------------------------------
+
+
+@pytest.fixture(scope="session")
+def _watchdog() -> Iterator[blockbuster.BlockBuster]:
+    """Make a blocking call raise where an event loop runs in the calling thread."""
+    with blockbuster.blockbuster_ctx() as watchdog:
+        for write in ("io.TextIOWrapper.write", "io.BufferedWriter.write"):
+            function = watchdog.functions[write]
+            # pytest-timeout interrupts a test that hangs and prints where, on the test's loop.
+            function.can_block_in("pytest_timeout.py", {"timeout_sigalrm"})
+            # pytest keeps a log file on the root logger, /dev/null unless told otherwise.
+            function.can_block_in("logging/__init__.py", {"callHandlers"})
+        yield watchdog
+
+
+@pytest.fixture(autouse=True)
+def blocking_calls(
+    _watchdog: blockbuster.BlockBuster, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[list[str]]:
+    """Fail a test in which something blocked an event loop, its own or a server's.
+
+    The exception alone is not enough: in a callback of a loop it is only logged. A test that
+    wants to see a blocking call caught clears the list.
+    """
+    calls: list[str] = []
+
+    class Recorded(blockbuster.BlockingError):
+        def __init__(self, func: str) -> None:
+            super().__init__(func)
+            calls.append("".join([f"{func}\n", *traceback.format_stack()[-8:-2]]))
+
+    monkeypatch.setattr(blockbuster.blockbuster, "BlockingError", Recorded)
+    yield calls
+    if calls:
+        pytest.fail("blocking call on an event loop: " + "\n".join(calls), pytrace=False)
+
+
+# -- no error that only a log knows of --------------------------------------
+
+
+class _Keeper(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.records: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(logging.Formatter().format(record))
+
+
+@pytest.fixture(autouse=True)
+def logged_errors() -> Iterator[list[str]]:
+    """Fail a test in which asyncio or the library logged an error.
+
+    That is how asyncio tells of an exception in a callback, of a task that was destroyed, of
+    an exception that nobody retrieved. A test that provokes one clears the list.
+    """
+    keeper = _Keeper()
+    loggers = [logging.getLogger("asyncio"), logging.getLogger("aioinfer")]
+    for logger in loggers:
+        logger.addHandler(keeper)
+    yield keeper.records
+    gc.collect()  # some are logged when their object is collected
+    for logger in loggers:
+        logger.removeHandler(keeper)
+    if keeper.records:
+        pytest.fail("an error was logged: " + "\n".join(keeper.records), pytrace=False)
+
+
+# -- nothing left behind ----------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    """Fail a test after which a thread of the library or a descriptor is left."""
+    threads = set(threading.enumerate())
+    descriptors = _descriptors()
+    yield
+    give_up_at = time.monotonic() + LEFT_BEHIND_S
+    while True:
+        left = [f"thread {name}" for name in _our_threads(threads)]
+        left += [f"descriptor {fd} -> {what}" for fd, what in _descriptors() - descriptors]
+        if not left:
+            return
+        if time.monotonic() > give_up_at:
+            pytest.fail(f"left behind: {', '.join(left)}", pytrace=False)
+        gc.collect()
+        time.sleep(0.01)
+
+
+@pytest.fixture(autouse=True)
+def _no_task_left(nothing_left: None, request: pytest.FixtureRequest) -> None:
+    """Check the tasks of an async test's own loop, while that loop is still there."""
+    if inspect.iscoroutinefunction(getattr(request, "function", None)):
+        request.getfixturevalue("_tasks_of_this_loop")
+
+
+@pytest.fixture
+async def _tasks_of_this_loop() -> AsyncIterator[None]:
+    """Fail a test after which a task is left on its event loop."""
+    yield
+    own = asyncio.current_task()
+    for _ in range(200):  # a task that is about to end may do so
+        left = [task for task in asyncio.all_tasks() if task is not own]
+        if not left:
+            return
+        await asyncio.sleep(0)
+    pytest.fail(f"left behind: {left}", pytrace=False)
+
+
+def _our_threads(before: set[threading.Thread]) -> list[str]:
+    return [
+        thread.name
+        for thread in threading.enumerate()
+        if thread not in before and thread.name.startswith("aioinfer-")
+    ]
+
+
+def _descriptors() -> set[tuple[str, str]]:
+    """The open descriptors that an event loop or a link could have made."""
+    found = set()
+    try:
+        names = os.listdir("/proc/self/fd")
+    except FileNotFoundError:  # not Linux
+        return found
+    for name in names:
+        try:
+            target = os.readlink(f"/proc/self/fd/{name}")
+        except OSError:  # closed since
+            continue
+        if target.startswith(("socket:", "pipe:", "anon_inode:", "/dev/shm", "/memfd:")):
+            found.add((name, target))
+    return found

@@ -1,0 +1,204 @@
+"""What users see first runs as it stands: the examples, the README, the pages of the docs."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import runpy
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+DEMO = EXAMPLES / "cartpole.py"
+SHORTEST = ["shortest_asyncio.py", "shortest_threads.py"]
+
+REQUIRED_PAGES = ["README.md", "docs/quickstart.md"]
+PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+TIMEOUT_S = 100
+
+
+# -- what the tests are written in --------------------------------------------
+
+
+def environment() -> dict[str, str]:
+    """The environment of a child process, which imports this checkout."""
+    path = os.environ.get("PYTHONPATH")
+    return {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{path}" if path else str(ROOT)}
+
+
+def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run Python as a user would, with every warning an error, and wait for it."""
+    return subprocess.run(
+        [sys.executable, "-W", "error", *map(str, command)],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+
+
+def succeeded(result: subprocess.CompletedProcess[str]) -> str:
+    """Return what a child process printed; fail with all of it if it failed."""
+    assert result.returncode == 0, f"{result.returncode}\n{result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
+def blocks(page: Path) -> list[str]:
+    """The Python blocks of a page, each moved down to the line where it stands."""
+    text = page.read_text(encoding="utf-8")
+    return [
+        "\n" * text.count("\n", 0, match.start(1)) + match[1]
+        for match in PYTHON_BLOCK.finditer(text)
+    ]
+
+
+def pages() -> list[str]:
+    """The required pages, and every other one with a Python block."""
+    others = [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")) if blocks(path)]
+    return list(dict.fromkeys(REQUIRED_PAGES + others))
+
+
+def without_docstring(example: Path) -> str:
+    """The code of an example, without the docstring at its top."""
+    source = example.read_text(encoding="utf-8")
+    docstring = ast.parse(source).body[0]
+    assert docstring.end_lineno is not None
+    return "\n".join(source.splitlines()[docstring.end_lineno :]).strip()
+
+
+def column(table: str, row: str, number: int = 0) -> float:
+    """A number of the demo's table, by the name of its row."""
+    (numbers,) = [line[24:] for line in table.splitlines() if line[:24].strip() == row]
+    return float(numbers.split()[number].replace(",", ""))
+
+
+# -- the examples -------------------------------------------------------------
+
+
+def test_every_example_is_run_here() -> None:
+    """No example goes without a test in this file."""
+    assert sorted(path.name for path in EXAMPLES.glob("*.py")) == sorted([DEMO.name, *SHORTEST])
+
+
+@pytest.mark.parametrize("name", SHORTEST)
+def test_a_shortest_program_runs(name: str) -> None:
+    """Each shortest program ends well and reports a reply for each of its actors."""
+    assert "32 replies from" in succeeded(run(EXAMPLES / name))
+
+
+@pytest.mark.parametrize("name", SHORTEST)
+def test_a_shortest_program_is_short(name: str) -> None:
+    """Each shortest program has fewer than 40 lines."""
+    assert len((EXAMPLES / name).read_text(encoding="utf-8").splitlines()) < 40
+
+
+@pytest.mark.parametrize("mode", [[], ["--threads"]], ids=["asyncio", "threads"])
+def test_the_demo_reports_what_it_ran(mode: list[str]) -> None:
+    """The demo's table accounts for every step of every actor, and for every batch."""
+    out = succeeded(run(DEMO, "--steps", "20", "--actors", "4", "--hidden", "8", *mode))
+    own = column(out, "every actor on its own")
+    served = column(out, "served")
+    assert own > 0
+    assert column(out, "served / on its own") == pytest.approx(served / own, abs=0.02)
+    batches = column(out, "batches")
+    assert batches * column(out, "mean batch, rows") == pytest.approx(4 * 20, rel=0.05)
+    reasons = out.split("why batches left\n")[1].splitlines()
+    assert sum(int(line.split()[-1].replace(",", "")) for line in reasons) == batches
+    for name in ("queue wait, ms", "forward, ms", "latency, ms"):
+        assert 0 <= column(out, name, 0) <= column(out, name, 1)
+
+
+def test_the_demo_holds_batches_to_their_limit() -> None:
+    """--max-batch-size 1 makes a forward of every step."""
+    out = succeeded(run(DEMO, "--steps", "5", "--actors", "3", "--max-batch-size", "1"))
+    assert column(out, "batches") == 15
+    assert column(out, "mean batch, rows") == 1
+
+
+@pytest.mark.parametrize("option", ["--actors", "--steps", "--hidden", "--max-batch-size"])
+def test_the_demo_refuses_a_count_below_one(
+    option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A count of zero is refused in words that name the option."""
+    main = runpy.run_path(str(DEMO))["main"]
+    with pytest.raises(SystemExit) as end:
+        main([option, "0"])
+    assert end.value.code == 2
+    assert f"argument {option}: must be at least 1, got 0" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGINT to send on Windows")
+@pytest.mark.parametrize("phase", ["on its own", "served"])
+@pytest.mark.parametrize("mode", [[], ["--threads"]], ids=["asyncio", "threads"])
+def test_ctrl_c_ends_the_demo_cleanly(mode: list[str], phase: str) -> None:
+    """Ctrl-C, in either phase, ends the demo with one word and no traceback."""
+    # With batches of one row the served phase is the slow one, so it cannot end before the
+    # signal is there.
+    options = ["--actors", "4", "--steps", "4000", "--max-batch-size", "1", *mode]
+    with subprocess.Popen(
+        [sys.executable, str(DEMO), *options],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr is not None
+        try:
+            seen = ""
+            # Not at the bar's first sight: that is from inside tqdm, which does not like to be
+            # interrupted half-made.
+            while not re.search(rf"{phase}: +[1-9]", seen):
+                character = process.stderr.read(1)
+                assert character, f"ended before {phase!r}:\n{seen}"
+                seen += character
+            process.send_signal(signal.SIGINT)
+            _, rest = process.communicate(timeout=TIMEOUT_S)
+        finally:
+            process.kill()
+    assert process.returncode == 130
+    assert "Traceback" not in rest
+    assert rest.splitlines()[-1] == "stopped"
+
+
+# -- the pages ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", pages())
+def test_the_blocks_of_a_page_run(page: str, tmp_path: Path) -> None:
+    """The Python blocks of a page run from top to bottom, as they stand."""
+    path = ROOT / page
+    assert path.exists(), f"{page} is missing"
+    sources = blocks(path)
+    assert sources, f"{page} has no Python block"
+    runner = tmp_path / "run_blocks.py"
+    runner.write_text(
+        "namespace = {'__name__': '__main__'}\n"
+        f"for source in {sources!r}:\n"
+        f"    exec(compile(source, {page!r}, 'exec', dont_inherit=True), namespace)\n",
+        encoding="utf-8",
+    )
+    succeeded(run(runner))
+
+
+@pytest.mark.parametrize("name", SHORTEST)
+def test_the_readme_shows_the_shortest_programs(name: str) -> None:
+    """The README shows each shortest program word for word, without its docstring."""
+    shown = [block.strip() for block in blocks(ROOT / "README.md")]
+    assert without_docstring(EXAMPLES / name) in shown
+
+
+def test_the_links_of_the_readme_lead_somewhere() -> None:
+    """Every relative link of the README is a file of the repository."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", text)
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
