@@ -19,7 +19,8 @@ def duration(name: str, value: Any) -> float:
         raise TypeError(f"{name} must be a number of seconds, got {value!r}")
     if not 0 <= value <= MAX_SECONDS:
         raise ValueError(
-            f"{name} must be a finite number of seconds >= 0 and <= {MAX_SECONDS:.0f}, got {value!r}"
+            f"{name} must be a finite number of seconds >= 0 and <= {MAX_SECONDS:.0f}, "
+            f"got {value!r}"
         )
     return float(value)
 

@@ -162,7 +162,8 @@ class Batcher:
 
     def leave(self, source: Source) -> None:
         """A client is gone and will not ask again. Its requests stay until discarded."""
-        self._patience.leave(source)
+        if source.live:
+            self._patience.leave(source)
         source.live = False
 
     def push(self, request: Request) -> None:
@@ -268,12 +269,12 @@ class Batcher:
             return Reason.FULL
         leave_by = queue.leave_by()
         if leave_by <= now:
-            if least is None and not self._patience.knows_callers:
+            if least is None and not self._patience.can_judge:
                 self._patience.forget()
             return Reason.DEADLINE
         if least is not None:
             return Reason.MINIMUM if rows >= least else Wait(leave_by, min(least - rows, room))
-        if not self._patience.knows_callers:
+        if not self._patience.can_judge:
             return self._verdict_when_cold(kind, leave_by, room, now)
         wait = self._patience.wait(kind, rows, room, now)
         if wait is None:
@@ -293,7 +294,7 @@ class Batcher:
         # Right after a forward its clients come back together: sleep through the first of
         # them rather than wake for each.
         if self.min_batch_size is None and now < self._ended_at + self.timeout:
-            if self._patience.knows_callers:
+            if self._patience.can_judge:
                 wait = self._patience.wait(self._kind, 1, self.max_batch_size - 1, now)
                 if wait is not None:
                     until = min(wait[0], self._ended_at + self.timeout)

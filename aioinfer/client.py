@@ -28,10 +28,12 @@ if TYPE_CHECKING:
 class _Client:
     """What both kinds of client share."""
 
+    _competes = False
+
     def __init__(self, transport: InferenceTransport) -> None:
         self._transport = transport
         self._send = transport.send
-        self._source = Source()
+        self._source = Source(competes=self._competes and transport.in_process)
         transport.join(self._source)
         # The batcher waits for clients that may still ask; one that is gone will not.
         self._finalizer = weakref.finalize(self, _leave, transport, self._source)
@@ -178,6 +180,8 @@ class SyncInferenceClient(_Client):
     Args:
         transport: the link to the server.
     """
+
+    _competes = True
 
     def __call__(
         self,

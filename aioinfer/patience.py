@@ -29,6 +29,11 @@ that is worth holding is the question of bulk-service queues, going back to Bail
 Neuts' "general bulk service rule" of 1967, whose single threshold this replaces; counting the
 fixed cost against the delay is what Clipper and Nexus do with batch sizes, off line.)
 
+All this takes for granted that callers think while a forward runs. Threads of the server's own
+interpreter do not: they compete with the forward, and one that starts while they are on their
+way delays them all. Where there are such callers the batch waits for everybody who is expected,
+for ``COLD_TIMEOUT_S`` at most, and then stops expecting those who did not come.
+
 And where all callers are already waiting, the reverse question: one batch, or G batches one
 after the other? The cycle is Z + cost(N/G) if thinking is the bottleneck and G*cost(N/G) if the
 executor is. Whichever G makes the longer of the two shortest is taken: the groups alternate
@@ -45,7 +50,7 @@ from aioinfer.estimates import Cohort, ForwardCost, ThinkTimes
 from aioinfer.request import Source
 
 COLD_TIMEOUT_S = 0.002
-"""How long a batch is held for callers of whom nothing is known yet."""
+"""How long a batch is held for callers of whom nothing is known yet, or who compete."""
 
 _COHORTS = 4  # batches whose callers are expected back; who is out for longer is not waited for
 _MOST = 0.7  # share of those expected that makes waiting a matter of the far view
@@ -76,11 +81,13 @@ class Patience:
         self._ended_at = -math.inf
         self._ignore_before = -math.inf
         self._pauses = 0
+        self._competing = 0
 
     # -- what happened ------------------------------------------------------
 
     def join(self, source: Source) -> None:
         """A client exists and may ask."""
+        self._competing += source.competes
         newcomers = self._newcomers
         if newcomers is None or newcomers not in self._cohorts:
             newcomers = self._newcomers = Cohort(None, self._ended_at, 1)
@@ -89,6 +96,7 @@ class Patience:
 
     def leave(self, source: Source) -> None:
         """A client is gone."""
+        self._competing -= source.competes
         if source.cohort is not None:
             source.cohort.left -= source.expected
         source.expected = 0
@@ -148,9 +156,9 @@ class Patience:
     # -- judgement ----------------------------------------------------------
 
     @property
-    def knows_callers(self) -> bool:
-        """Whether enough think times were seen to judge by."""
-        return self.think.known
+    def can_judge(self) -> bool:
+        """Whether think times are known, and mean what :meth:`wait` takes them for."""
+        return self.think.known and not self._competing
 
     def cost(self, kind: Hashable, size: int, now: float) -> float:
         """Return what a forward is expected to cost; 0 where that is unknown or outdated.

@@ -36,9 +36,11 @@ class Source:
     ``cohort`` is the batch that the latest of them came with (see :mod:`aioinfer.patience`).
     """
 
-    __slots__ = ("__weakref__", "closed", "cohort", "expected", "live")
+    __slots__ = ("__weakref__", "closed", "cohort", "competes", "expected", "live")
 
-    def __init__(self) -> None:
+    def __init__(self, *, competes: bool = False) -> None:
+        self.competes = competes
+        """Whether its callers are threads of the server's interpreter."""
         self.expected = 0
         self.cohort: Cohort | None = None
         self.live = False

@@ -209,7 +209,7 @@ class World(RuleBasedStateMachine):
             double, outside = copy.deepcopy((self.batcher, self.outside))
             self.take_in(double, outside)
             action = double.next_action(self.now)
-            assert isinstance(action, Wait) or double._patience.knows_callers
+            assert isinstance(action, Wait) or double._patience.can_judge
 
     def take_in(self, batcher: Batcher, outside: deque[Request]) -> list[Request]:
         taken = []
