@@ -107,14 +107,16 @@ class Patience:
             self._pauses += 1
             self._ignore_before = now
         if cohort is not self._newcomers and cohort.answered_at >= self._ignore_before:
-            self._pauses = 0
-            self.think.learn(now - cohort.answered_at)
+            thought = now - cohort.answered_at
+            if thought <= 4 * self.think.longest:
+                self._pauses = 0
+            self.think.learn(thought)
 
     def _is_pause(self, now: float) -> bool:
         """Whether everybody paused until now (an evaluation, a long update of the learner).
 
         That says nothing about how callers think, so who was out over a pause is not learnt
-        from. A third pause in a row is how they think now.
+        from. After three pauses in a row, that is how they think now.
         """
         quiet = now - self._ended_at
         return self.think.known and self._pauses < 3 and quiet > 4 * self.think.longest

@@ -387,7 +387,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
 
-    rows = simulated(1.5 if options.quick else 4.0, 1 if options.quick else 3)
+    rows = simulated(1.5 if options.quick else 3.0, 1 if options.quick else 2)
     totals = summary(rows)
     print("Simulated; throughput and p99 latency relative to the oracle's\n")
     print("\n".join(table(rows)))

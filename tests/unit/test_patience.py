@@ -1,0 +1,143 @@
+"""Whether to wait: the judgement, with callers and costs that are known exactly."""
+
+from __future__ import annotations
+
+from aioinfer.patience import Patience
+from aioinfer.request import Source
+
+KIND = "kind"
+
+
+def experienced(think_s: float, fixed: float, per_row: float, **options: bool) -> Patience:
+    """A patience that has learnt a constant think time and a cost."""
+    patience = Patience(**{"far_sighted": True, **options})
+    for rows in (1, 2, 8, 32, 64) * 4:
+        patience.started(0.0)
+        patience.ended(KIND, rows, 1, fixed + per_row * rows)
+    for _ in range(64):
+        patience.think.learn(think_s)
+    patience.forget()
+    return patience
+
+
+def answered(patience: Patience, callers: int, at: float) -> list[Source]:
+    """So many callers get their answers."""
+    sources = [Source() for _ in range(callers)]
+    cohort = patience.ended(KIND, 1, callers, at)
+    for source in sources:
+        patience.expect(source, cohort)
+    return sources
+
+
+def test_waits_for_those_who_are_about_to_come():
+    """Thirty callers are due in a tenth of a forward: one row waits for them."""
+    patience = experienced(0.010, fixed=0.005, per_row=0.0)
+    answered(patience, 30, at=0.0)
+    verdict = patience.wait(KIND, 1, 63, now=0.0095)
+    assert verdict is not None
+    until, arrivals = verdict
+    assert 0.010 <= until < 0.0102
+    assert arrivals == 30
+
+
+def test_does_not_wait_for_who_comes_after_the_end_of_the_forward():
+    """A forward takes 5 ms, the others think for 9 ms more: nothing is gained by waiting."""
+    patience = experienced(0.010, fixed=0.005, per_row=0.0)
+    answered(patience, 30, at=0.0)
+    assert patience.wait(KIND, 1, 63, now=0.001) is None
+
+
+def test_does_not_wait_for_stragglers():
+    """Callers that are out for longer than any think time are not waited for."""
+    patience = experienced(0.002, fixed=0.005, per_row=0.0)
+    answered(patience, 4, at=0.0)
+    assert patience.wait(KIND, 16, 48, now=0.0021) is None
+
+
+def test_many_rows_do_not_wait_for_one():
+    """Sixty waiting rows would lose more than the one that comes in a millisecond gains."""
+    patience = experienced(0.010, fixed=0.005, per_row=0.0)
+    answered(patience, 1, at=0.0)
+    assert patience.wait(KIND, 60, 4, now=0.009) is None
+
+
+def test_groups_where_thinking_takes_longer_than_the_fixed_cost():
+    """Thinking for 6 ms at a fixed cost of 3 ms, two groups in turns are faster than one."""
+    assert experienced(0.006, fixed=0.003, per_row=0.00005).groups(KIND, 64) == 2
+
+
+def test_one_group_where_thinking_is_short():
+    """Thinking for 2 ms at a fixed cost of 5 ms, everybody goes together."""
+    assert experienced(0.002, fixed=0.005, per_row=0.00001).groups(KIND, 64) == 1
+
+
+def test_callers_of_the_same_interpreter_are_not_divided():
+    """They would compute during each other's forwards."""
+    patience = experienced(0.006, fixed=0.003, per_row=0.00005, independent=False)
+    assert patience.groups(KIND, 64) == 1
+
+
+def test_latency_does_not_divide_either():
+    """``objective="latency"`` looks at the requests at hand."""
+    patience = experienced(0.006, fixed=0.003, per_row=0.00005, far_sighted=False)
+    assert patience.groups(KIND, 64) == 1
+
+
+def test_competing_threads_make_judgement_impossible_until_they_leave():
+    """While threads of the server's interpreter live, think times mean nothing."""
+    patience = experienced(0.002, fixed=0.005, per_row=0.0)
+    assert patience.can_judge
+    thread = Source(competes=True)
+    patience.join(thread)
+    assert not patience.can_judge
+    patience.leave(thread)
+    assert patience.can_judge
+
+
+def test_a_pause_is_not_learnt_from_but_a_lasting_change_is():
+    """Everybody stops for a second: think times stay. The fourth time it is how they think."""
+    patience = experienced(0.002, fixed=0.001, per_row=0.0)
+    now = 1.0
+    before = list(patience.think._latest)
+    for _ in range(3):
+        cohort = patience.ended(KIND, 1, 1, now)
+        now += 1.0
+        patience.returned(cohort, now, idle=True)
+        assert list(patience.think._latest) == before
+    for _ in range(400):
+        cohort = patience.ended(KIND, 1, 1, now)
+        now += 1.0
+        patience.returned(cohort, now, idle=True)
+    assert patience.think.median == 1.0
+
+
+def test_requests_in_flight_of_one_client_are_expected_together():
+    """A client with three callers is expected three times, from its latest answer."""
+    patience = experienced(0.002, fixed=0.001, per_row=0.0)
+    source = Source()
+    first = patience.ended(KIND, 1, 1, 1.0)
+    patience.expect(source, first)
+    second = patience.ended(KIND, 2, 2, 2.0)
+    patience.expect(source, second)
+    patience.expect(source, second)
+    assert (first.left, second.left) == (0, 3)
+    assert patience.expected(KIND) == 3
+    patience.leave(source)
+    assert patience.expected(KIND) == 0
+
+
+def test_ever_new_signatures_do_not_fill_memory():
+    """Costs are kept for some hundred signatures at most."""
+    patience = experienced(0.002, fixed=0.001, per_row=0.0)
+    for i in range(2000):
+        patience.started(float(i))
+        patience.ended(f"kind {i}", 1, 1, i + 0.5)
+    assert len(patience._costs) <= 256
+
+
+def test_a_cost_without_recent_forwards_is_not_relied_on():
+    """A second after the last forward, nothing is refused by what forwards used to cost."""
+    patience = experienced(0.002, fixed=0.5, per_row=0.0)
+    ended = patience._ended_at
+    assert patience.least_cost(KIND, ended + 0.5) > 0.0
+    assert patience.least_cost(KIND, ended + 1.5) == 0.0
