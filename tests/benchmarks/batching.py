@@ -310,7 +310,7 @@ def real(seconds: float, rounds: int) -> list[dict[str, Any]]:
 # -- the cost of a decision ----------------------------------------------------------------------
 
 
-def decisions(rounds: int) -> list[dict[str, float]]:
+def decisions(rounds: int) -> list[dict[str, Any]]:
     """The shortest of many: what the decision costs, not what the machine does meanwhile."""
     rows = []
     for waiting, out in ((1, 8), (8, 24), (32, 32), (256, 256)):
@@ -378,8 +378,10 @@ def _let_pass(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parts = ("simulated", "real", "decisions")
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="what to measure")
     parser.add_argument("--quick", action="store_true", help="short runs, one seed")
-    parser.add_argument("--seconds", type=float, default=1.5, help="of a real measurement")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of a real measurement")
     parser.add_argument("--rounds", type=int, default=3, help="of the real part")
     parser.add_argument("--markdown", type=Path, help="write the simulated table here")
     parser.add_argument("--plot", type=Path, help="draw the simulated part here")
@@ -387,11 +389,30 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
 
-    rows = simulated(1.5 if options.quick else 3.0, 1 if options.quick else 2)
+    result: dict[str, Any] = {}
+    if "simulated" in options.parts:
+        rows = simulated(1.5 if options.quick else 3.0, 1 if options.quick else 2)
+        result["simulated"] = rows
+        result["summary"] = _report_simulated(rows)
+        if options.markdown:
+            options.markdown.parent.mkdir(parents=True, exist_ok=True)
+            options.markdown.write_text("\n".join(table(rows)) + "\n")
+        if options.plot:
+            plot(rows, options.plot)
+    if "real" in options.parts:
+        seconds, rounds = (0.5, 1) if options.quick else (options.seconds, options.rounds)
+        result["real"] = _report_real(real(seconds, rounds))
+    if "decisions" in options.parts:
+        result["decisions"] = _report_decisions(decisions(100 if options.quick else 600))
+    print("\n" + json.dumps(result))
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _report_simulated(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     totals = summary(rows)
     print("Simulated; throughput and p99 latency relative to the oracle's\n")
-    print("\n".join(table(rows)))
-    print()
+    print("\n".join(table(rows)) + "\n")
     for contender, total in totals.items():
         print(
             f"{contender:12s} geometric mean {total['geometric_mean']:.3f}, "
@@ -401,33 +422,26 @@ def main() -> None:
     _judge("worst >= 0.97", learnt["worst"] >= 0.97)
     _judge("geometric mean > 1.0", learnt["geometric_mean"] > 1.0)
     _judge("p99 <= 1.5", learnt["p99"] <= 1.5)
+    return totals
 
-    measured = real(
-        0.5 if options.quick else options.seconds, 1 if options.quick else options.rounds
-    )
+
+def _report_real(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     print("\nReal, requests/s")
-    for row in measured:
+    for row in rows:
         print(
             f"{row['name']:28s} learnt {row['learnt']:8.0f}   best static {row['best_rate']:8.0f} "
             f"({row['best']})   ratio {row['ratio']:.2f}"
         )
-    _judge("ratio >= 0.9 everywhere", all(row["ratio"] >= 0.9 for row in measured))
+    _judge("ratio >= 0.9 everywhere", all(row["ratio"] >= 0.9 for row in rows))
+    return rows
 
-    costs = decisions(100 if options.quick else 600)
+
+def _report_decisions(costs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     print("\nOne decision, microseconds beyond 0.2 per waiting client (5th percentile)")
     for cost in costs:
-        print(f"{cost['waiting']:4d} waiting, {cost['decision']:5s} {cost['us']:6.2f}")
+        print(f"{cost['waiting']:4.0f} waiting, {cost['decision']:5s} {cost['us']:6.2f}")
     _judge("at most 5", all(cost["us"] <= 5.0 for cost in costs))
-
-    result = {"simulated": rows, "summary": totals, "real": measured, "decisions": costs}
-    print("\n" + json.dumps(result))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
-    if options.markdown:
-        options.markdown.parent.mkdir(parents=True, exist_ok=True)
-        options.markdown.write_text("\n".join(table(rows)) + "\n")
-    if options.plot:
-        plot(rows, options.plot)
+    return costs
 
 
 def _judge(target: str, met: bool) -> None:
