@@ -276,7 +276,7 @@ class Batcher:
             return Reason.MINIMUM if rows >= least else Wait(leave_by, min(least - rows, room))
         if not self._patience.can_judge:
             return self._verdict_when_cold(kind, leave_by, room, now)
-        wait = self._patience.wait(kind, rows, room, now)
+        wait = self._patience.wait(kind, rows, queue.requests, room, now)
         if wait is None:
             return Reason.NOT_WORTH_WAITING
         return Wait(min(wait[0], leave_by), min(wait[1], room))
@@ -295,7 +295,7 @@ class Batcher:
         # them rather than wake for each.
         if self.min_batch_size is None and now < self._ended_at + self.timeout:
             if self._patience.can_judge:
-                wait = self._patience.wait(self._kind, 1, self.max_batch_size - 1, now)
+                wait = self._patience.wait(self._kind, 1, 1, self.max_batch_size - 1, now)
                 if wait is not None:
                     until = min(wait[0], self._ended_at + self.timeout)
                     return Wait(until, min(wait[1] + 1, self.max_queue_size))

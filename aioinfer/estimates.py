@@ -7,6 +7,7 @@ outliers, such as the first, slow forwards of a policy.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Hashable
@@ -31,7 +32,7 @@ class ForwardCost:
 
     def learn(self, rows: int, seconds: float) -> None:
         """A forward of ``rows`` rows took ``seconds``."""
-        key = rows.bit_length()
+        key = rows if rows < 8 else int(8 * math.log2(rows))
         point = self._points.get(key)
         if point is None:
             self._points[key] = _Point(rows, seconds)
@@ -54,18 +55,20 @@ class ForwardCost:
 
     def _fit(self) -> None:
         points = self._points.values()
-        if len(points) == 1:
-            (point,) = points
-            self.per_row = point.seconds / (2 * point.rows) if point.rows > 1 else 0.0
-            self.fixed = point.seconds - self.per_row * point.rows
-            return
-        weight = sum(p.weight for p in points)
-        rows = sum(p.weight * p.rows for p in points) / weight
-        seconds = sum(p.weight * p.seconds for p in points) / weight
-        spread = sum(p.weight * (p.rows - rows) ** 2 for p in points)
-        slope = sum(p.weight * (p.rows - rows) * (p.seconds - seconds) for p in points) / spread
+        weight = sum([p.weight for p in points])
+        rows = sum([p.weight * p.rows for p in points]) / weight
+        seconds = sum([p.weight * p.seconds for p in points]) / weight
+        spread = sum([p.weight * (p.rows - rows) ** 2 for p in points]) / weight
+        slope = sum([p.weight * (p.rows - rows) * (p.seconds - seconds) for p in points]) / weight
+        guess = seconds / (2 * rows) if rows > 1 else 0.0
+        doubt = _DOUBT * rows * rows
+        slope = (slope + doubt * guess) / (spread + doubt)
         self.per_row = min(max(slope, 0.0), seconds / rows)  # neither part can be negative
         self.fixed = seconds - self.per_row * rows
+
+
+_DOUBT = 0.0005
+"""What the guess counts beside the points: as much as if their rows varied by 2 %."""
 
 
 class _Point:

@@ -43,6 +43,7 @@ from then on, one computing while the other thinks.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Hashable
 
@@ -55,6 +56,8 @@ COLD_TIMEOUT_S = 0.002
 _COHORTS = 4  # batches whose callers are expected back; who is out for longer is not waited for
 _MOST = 0.7  # share of those expected that makes waiting a matter of the far view
 _BUSY = 0.8  # utilisation from which the far view counts
+_SATURATED = 0.97  # utilisation from which dividing cannot help: there is no idle time to fill
+_IDLE = 0.8  # idle time per forward that merging may cost for ever, as a share of ``a``
 _GROUPS = (2, 3, 4, 5, 6, 8, 12, 16)
 _QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.97)
 
@@ -183,13 +186,16 @@ class Patience:
         """Return how many requests of this kind may soon arrive."""
         return sum([c.left for c in self._cohorts if c.kind is kind or c.kind is None])
 
-    def wait(self, kind: Hashable, rows: int, room: int, now: float) -> tuple[float, int] | None:
-        """Judge whether ``rows`` waiting rows should wait for more.
+    def wait(
+        self, kind: Hashable, rows: int, requests: int, room: float, now: float
+    ) -> tuple[float, int] | None:
+        """Judge whether what waits should wait for more.
 
         Args:
             kind: their signature.
-            rows: how many wait, at least 1.
-            room: how many more fit into the batch.
+            rows: how many rows wait, at least 1.
+            requests: how many requests those are; what is expected is counted in requests too.
+            room: how many more rows fit into the batch.
             now: the time.
 
         Returns:
@@ -204,9 +210,9 @@ class Patience:
         if near_a <= 0.0 and not far:
             return None
         horizon = a + cost.per_row * rows
+        room *= requests / rows
         think = self.think.sorted
         known = len(think)
-        returned = self.think.returned
         out: list[tuple[float, float, int]] = []  # (weight, age, how many return by that age)
         largest = 0.0
         most = 0.0
@@ -215,7 +221,7 @@ class Patience:
             left = cohort.left
             if left > 0 and (cohort.kind is kind or cohort.kind is None):
                 age = now - cohort.answered_at
-                done = returned(age)
+                done = bisect_right(think, age)
                 if done < known:
                     out.append((left / (known - done), age, done))
                     most += left
@@ -223,6 +229,16 @@ class Patience:
                         largest, lead = left, len(out) - 1
         if not out:
             return None
+        latest = 0.0
+        if far:
+            # One group means this idle time after every forward.
+            latest = _IDLE * a - (now - self._ended_at)
+            coming = 0.0
+            for weight, age, done in out:
+                coming += weight * (bisect_right(think, age + latest) - done)
+            far = latest > 0.0 and coming >= _MOST * most
+            if near_a <= 0.0 and not far:
+                return None
         _, lead_age, lead_done = out[lead]
         best = 0.0
         until, arrivals = now, 1.0
@@ -231,17 +247,17 @@ class Patience:
             if wait > horizon:
                 break
             wait *= 1.001  # past the think time itself
-            if most * (a if far else near_a) <= rows * wait + best:
+            if (most * a if far else most * (near_a - wait)) <= requests * wait + best:
                 break  # not even if everybody came
             coming = 0.0
             for weight, age, done in out:
-                coming += weight * (returned(age + wait) - done)
+                coming += weight * (bisect_right(think, age + wait) - done)
             if coming > room:
                 coming = room
-            if far and coming >= _MOST * most:
-                saved = coming * a - rows * wait
+            if wait < latest and coming >= _MOST * most:
+                saved = coming * a - requests * wait
             else:
-                saved = coming * near_a - wait * (rows + coming)
+                saved = coming * near_a - wait * (requests + coming)
             if saved > best:
                 best, until, arrivals = saved, now + wait, coming
         return (until, max(1, math.ceil(arrivals - 1e-6))) if best > 0.0 else None
@@ -251,7 +267,7 @@ class Patience:
         cost = self._costs.get(kind)
         if cost is None or rows < 2 or not self.think.known:
             return 1
-        if not (self._far_sighted and self._independent):
+        if not (self._far_sighted and self._independent) or self._utilisation > _SATURATED:
             return 1
         think = self.think.median
         if think < cost.fixed:

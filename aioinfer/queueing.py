@@ -29,7 +29,7 @@ class Queue:
 
     def __init__(self, timeout: float) -> None:
         self.rows = 0
-        self._requests = 0
+        self.requests = 0
         self._ordinary: deque[Request] = deque()
         self._by_urgency: list[tuple[float, int, Request]] = []
         self._by_leave: list[tuple[float, int, Request]] = []
@@ -43,7 +43,7 @@ class Queue:
     def add(self, request: Request, forward_s: float = 0.0) -> None:
         """Take a request; ``forward_s`` is what a forward is expected to take."""
         self.rows += request.rows
-        self._requests += 1
+        self.requests += 1
         ordinary = self._ordinary
         if (
             request.deadline is None
@@ -66,7 +66,7 @@ class Queue:
     def forget(self, request: Request) -> None:
         """Account for a request that is no longer ``QUEUED``."""
         self.rows -= request.rows
-        self._requests -= 1
+        self.requests -= 1
         self._compact()
 
     def urgency(self) -> float:
@@ -118,7 +118,7 @@ class Queue:
             request.state = _DONE
             self.rows -= request.rows
         self.rows -= rows
-        self._requests -= len(taken) + len(expired)
+        self.requests -= len(taken) + len(expired)
         self._compact()
         return taken, rows, expired
 
@@ -132,7 +132,7 @@ class Queue:
         return special[2]
 
     def _compact(self) -> None:
-        limit = 64 + 2 * self._requests
+        limit = 64 + 2 * self.requests
         if len(self._ordinary) > limit:
             self._ordinary = deque(r for r in self._ordinary if r.state is _QUEUED)
         for heap in (self._by_urgency, self._by_leave):

@@ -33,7 +33,7 @@ def test_waits_for_those_who_are_about_to_come():
     """Thirty callers are due in a tenth of a forward: one row waits for them."""
     patience = experienced(0.010, fixed=0.005, per_row=0.0)
     answered(patience, 30, at=0.0)
-    verdict = patience.wait(KIND, 1, 63, now=0.0095)
+    verdict = patience.wait(KIND, 1, 1, 63, now=0.0095)
     assert verdict is not None
     until, arrivals = verdict
     assert 0.010 <= until < 0.0102
@@ -44,21 +44,21 @@ def test_does_not_wait_for_who_comes_after_the_end_of_the_forward():
     """A forward takes 5 ms, the others think for 9 ms more: nothing is gained by waiting."""
     patience = experienced(0.010, fixed=0.005, per_row=0.0)
     answered(patience, 30, at=0.0)
-    assert patience.wait(KIND, 1, 63, now=0.001) is None
+    assert patience.wait(KIND, 1, 1, 63, now=0.001) is None
 
 
 def test_does_not_wait_for_stragglers():
     """Callers that are out for longer than any think time are not waited for."""
     patience = experienced(0.002, fixed=0.005, per_row=0.0)
     answered(patience, 4, at=0.0)
-    assert patience.wait(KIND, 16, 48, now=0.0021) is None
+    assert patience.wait(KIND, 16, 16, 48, now=0.0021) is None
 
 
 def test_many_rows_do_not_wait_for_one():
     """Sixty waiting rows would lose more than the one that comes in a millisecond gains."""
     patience = experienced(0.010, fixed=0.005, per_row=0.0)
     answered(patience, 1, at=0.0)
-    assert patience.wait(KIND, 60, 4, now=0.009) is None
+    assert patience.wait(KIND, 60, 60, 4, now=0.009) is None
 
 
 def test_groups_where_thinking_takes_longer_than_the_fixed_cost():
