@@ -64,7 +64,7 @@ class ForwardCost:
         doubt = _DOUBT * rows * rows
         slope = (slope + doubt * guess) / (spread + doubt)
         self.per_row = min(max(slope, 0.0), seconds / rows)  # neither part can be negative
-        self.fixed = seconds - self.per_row * rows
+        self.fixed = max(0.0, seconds - self.per_row * rows)
 
 
 _DOUBT = 0.0005
