@@ -173,8 +173,7 @@ class Batcher:
         if queue is None:
             queue = self._queues[kind] = Queue(self.timeout)
         source = request.source
-        cohort = source.cohort
-        if source.expected and cohort is not None:
+        if source.expected and (cohort := source.cohort) is not None:
             source.expected -= 1
             cohort.left -= 1
             if not (cohort.left % cohort.stride and self.rows):
@@ -291,19 +290,15 @@ class Batcher:
         return Wait(until, min(self._patience.expected(kind), room))
 
     def _idle(self, now: float) -> Wait:
-        # Right after a forward its clients come back together: sleep through the first of
-        # them rather than wake for each.
-        if self.min_batch_size is None and now < self._ended_at + self.timeout:
-            if self._patience.can_judge:
-                wait = self._patience.wait(self._kind, 1, 1, self.max_batch_size - 1, now)
-                if wait is not None:
-                    until = min(wait[0], self._ended_at + self.timeout)
-                    return Wait(until, min(wait[1] + 1, self.max_queue_size))
-            elif now < self._ended_at + min(self.timeout, COLD_TIMEOUT_S):
-                room = min(self.max_batch_size, self.max_queue_size)
-                expected = min(self._patience.expected(self._kind), room)
-                if expected > 1:
-                    return Wait(self._ended_at + min(self.timeout, COLD_TIMEOUT_S), expected)
+        # Threads that come back one by one after a forward: sleep through the first of them
+        # rather than wake, and take the interpreter from the others, for each. Callers on an
+        # event loop need no such thing, for all that are ready run before the server does.
+        if self.min_batch_size is None and not self._patience.can_judge:
+            until = self._ended_at + min(self.timeout, COLD_TIMEOUT_S)
+            room = min(self.max_batch_size, self.max_queue_size)
+            expected = min(self._patience.expected(self._kind), room)
+            if now < until and expected > 1:
+                return Wait(until, expected)
         return Wait(None, 1)
 
     def _dispatch(self, queue: Queue, kind: Hashable, reason: Reason, now: float) -> Dispatch:

@@ -23,7 +23,7 @@ CollateFn = Callable[[list[TensorDictBase]], TensorDictBase]
 _ROW = torch.Size([])
 
 # TensorDict's own constructor checks what is known to hold here, at four times the cost.
-_new: Callable[..., TensorDict] = getattr(TensorDict, "_new_unsafe", TensorDict)
+new_tensordict: Callable[..., TensorDict] = getattr(TensorDict, "_new_unsafe", TensorDict)
 
 
 class Collator:
@@ -69,7 +69,7 @@ class Collator:
         signature: Signature = requests[0].signature  # type: ignore[assignment]
         padding = size - rows
         if signature.plain and self._collate_fn is None:
-            batch: TensorDictBase = _new(
+            batch: TensorDictBase = new_tensordict(
                 _concatenate(requests, signature, padding), torch.Size([size])
             )
         else:
@@ -180,13 +180,15 @@ def _split_columns(
     names = tuple(columns)
     if rows == len(requests) and not any([request.batched for request in requests]):
         pieces = [column.unbind(0) for column in columns.values()]
-        return [_new(dict(zip(names, row)), _ROW) for row in zip(*pieces)]  # noqa: B905
+        return [new_tensordict(dict(zip(names, row)), _ROW) for row in zip(*pieces)]  # noqa: B905
     results: list[TensorDictBase] = []
     start = 0
     for request in requests:
         where: Any = slice(start, start + request.rows) if request.batched else start
         size = torch.Size([request.rows]) if request.batched else _ROW
-        results.append(_new({name: column[where] for name, column in columns.items()}, size))
+        results.append(
+            new_tensordict({name: column[where] for name, column in columns.items()}, size)
+        )
         start += request.rows
     return results
 
@@ -197,7 +199,7 @@ def tensordict_of(request: Request) -> TensorDictBase:
     if not signature.plain:
         return request.data
     size = torch.Size([request.rows]) if request.batched else _ROW
-    return _new(dict(zip(signature.keys, request.data, strict=True)), size)
+    return new_tensordict(dict(zip(signature.keys, request.data, strict=True)), size)
 
 
 def _rows_of(request: Request) -> list[TensorDictBase]:

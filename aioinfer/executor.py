@@ -20,6 +20,7 @@ from aioinfer.collation import Collator
 from aioinfer.errors import ModelError
 from aioinfer.request import Request
 from aioinfer.sampling import sampling
+from aioinfer.shortcut import shortcut
 from aioinfer.signature import Signature
 
 _AS_IS = contextlib.nullcontext()
@@ -205,6 +206,7 @@ class ForwardPass:
     ) -> None:
         self._sizes = sizes
         self._model = model
+        self._call = shortcut(model)
         self._collator = collator
         self._version = version
         self._clock = clock
@@ -241,7 +243,7 @@ class ForwardPass:
         with torch.no_grad(), mode:
             inputs = self._collator.collate(requests, rows, size)
             started = self._clock()
-            answer = self._model(inputs)
+            answer = self._call(inputs)
             batch.forward_s += self._clock() - started
             results = self._collator.split(answer, requests, rows, size, self._version())
         if signature not in self._answered:

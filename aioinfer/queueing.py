@@ -35,6 +35,8 @@ class Queue:
         self._by_leave: list[tuple[float, int, Request]] = []
         self._arrivals = 0
         self._timeout = timeout
+        self._newest = -math.inf
+        """The latest submission in ``_ordinary``, which is in order of submission."""
 
     def __iter__(self) -> Iterator[Request]:
         special = (request for _, _, request in self._by_urgency)
@@ -44,17 +46,14 @@ class Queue:
         """Take a request; ``forward_s`` is what a forward is expected to take."""
         self.rows += request.rows
         self.requests += 1
-        ordinary = self._ordinary
-        if (
-            request.deadline is None
-            and not request.priority
-            and (not ordinary or ordinary[-1].submitted_at <= request.submitted_at)
-        ):
-            ordinary.append(request)
+        submitted_at = request.submitted_at
+        if submitted_at >= self._newest and request.deadline is None and not request.priority:
+            self._newest = submitted_at
+            self._ordinary.append(request)
             return
         self._arrivals += 1  # ties keep the order of arrival, and requests do not compare
-        leave_by = request.submitted_at + self._timeout
-        urgency = request.submitted_at + AGEING_S
+        leave_by = submitted_at + self._timeout
+        urgency = submitted_at + AGEING_S
         if request.deadline is not None:
             # With something to spare: what takes longer than expected is late by all of it.
             leave_by = min(leave_by, request.deadline - 1.5 * forward_s - 0.001)
@@ -91,6 +90,8 @@ class Queue:
         self, max_rows: int, now: float, forward_s: float
     ) -> tuple[list[Request], int, list[Request]]:
         """Take the most urgent requests that fit; also the expired ones met on the way."""
+        if not self._by_urgency and self.rows <= max_rows:
+            return self._take_all()
         taken: list[Request] = []
         expired: list[Request] = []
         doomed: list[Request] = []
@@ -121,6 +122,16 @@ class Queue:
         self.requests -= len(taken) + len(expired)
         self._compact()
         return taken, rows, expired
+
+    def _take_all(self) -> tuple[list[Request], int, list[Request]]:
+        """Take everything, which is ordinary; the usual case, and all it needs."""
+        taken = [request for request in self._ordinary if request.state is _QUEUED]
+        for request in taken:
+            request.state = _RUNNING
+        rows = self.rows
+        self._ordinary.clear()
+        self.rows = self.requests = 0
+        return taken, rows, []
 
     def _most_urgent(self) -> Request | None:
         ordinary = self._first_ordinary()

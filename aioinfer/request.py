@@ -84,26 +84,14 @@ class Request:
         whole: the request this is a piece of.
     """
 
-    __slots__ = (
-        "batched",
-        "data",
-        "deadline",
-        "given_up",
-        "handle",
-        "parts",
-        "port",
-        "priority",
-        "rows",
-        "signature",
-        "source",
-        "special",
-        "state",
-        "submitted_at",
-        "timeout",
-        "whole",
-    )
-
     port: ReplyPort
+    # What most requests never change stands on the class: setting it costs them nothing.
+    submitted_at = 0.0
+    deadline: float | None = None
+    state = State.SUBMITTED
+    given_up: GivenUp | None = None
+    parts: list[Request] | None = None
+    whole: Request | None = None
 
     def __init__(
         self,
@@ -122,15 +110,9 @@ class Request:
         self.special = batched or priority != 0 or timeout is not None
         self.signature = signature
         self.timeout = timeout
-        self.submitted_at = 0.0
-        self.deadline: float | None = None
         self.priority = priority
         self.source = source
         self.handle = handle
-        self.state = State.SUBMITTED
-        self.given_up: GivenUp | None = None
-        self.parts: list[Request] | None = None
-        self.whole: Request | None = None
 
     def __repr__(self) -> str:
         return f"<Request {self.state.name.lower()} rows={self.rows} at {id(self):#x}>"

@@ -31,6 +31,8 @@ from aioinfer.transports.base import InferenceTransport
 
 _log = logging.getLogger("aioinfer")
 
+_DONE = State.DONE
+
 
 class Serving:
     """Serves from :meth:`open` until :meth:`run` returns.
@@ -215,23 +217,27 @@ class Serving:
 
     def _take_requests(self) -> None:
         intake, batcher = self._intake, self._batcher
-        taken = 0
         batcher.crowded = False
-        while intake.pending:
-            request = intake.take()
-            if request.state is State.DONE:  # withdrawn before it came this far
-                taken += 1
+        arrived = len(intake.pending)
+        if not arrived:
+            return
+        # Usually everything fits, and need not be looked at one by one.
+        fits = batcher.rows + intake.pending_rows <= batcher.max_queue_size
+        take, push, largest = intake.take, batcher.push, batcher.max_batch_size
+        for taken in range(arrived):
+            request = take()
+            if request.state is _DONE:  # withdrawn before it came this far
                 continue
-            if not batcher.has_room(request.rows):
+            if not fits and not batcher.has_room(request.rows):
                 intake.put_back(request)
                 batcher.crowded = True
+                arrived = taken
                 break
-            taken += 1
-            if request.rows <= batcher.max_batch_size:
-                batcher.push(request)
+            if request.rows <= largest:
+                push(request)
             else:
                 self._push_in_parts(request)
-        self._recorder.requests += taken
+        self._recorder.requests += arrived
 
     def _push_in_parts(self, request: Request) -> None:
         try:
@@ -368,7 +374,10 @@ _Delivery = tuple[ReplyPort, Sequence[Outcome]]
 def _by_port(outcomes: list[Outcome]) -> list[_Delivery]:
     """Group the outcomes by where they go, keeping their order."""
     first = outcomes[0][0].port
-    if all([request.port is first for request, _ in outcomes]):
+    for request, _ in outcomes:
+        if request.port is not first:
+            break
+    else:
         return [(first, outcomes)]
     groups: dict[ReplyPort, list[Outcome]] = {}
     for outcome in outcomes:

@@ -9,11 +9,13 @@ one run mean anything; what counts is the median of the rounds. Contenders, with
 -   the bare forward: the same policy on a batch of 32 rows that is already stacked, under
     ``no_grad`` and with nothing else running. No server can beat it.
 
-All clients do the same: a loop that wraps the client's own observation in a fresh TensorDict,
-asks, and asks again once the answer is here. An answer counts if it arrives within the measured
-time. The last answer of every client is compared with what the policy says about its
-observation. The policy's parameters do not require gradients, for TorchRL's server runs the
-policy without ``no_grad`` and would record a graph; both count their own statistics.
+All clients do the same: a loop that asks, and asks again once the answer is here. A client asks
+with a TensorDict made beforehand, for what is measured is the server; with ``--fresh`` it wraps
+its observation in a new one for every request, as an actor does, which adds the cost of
+TensorDict's constructor to both sides. An answer counts if it arrives within the measured time.
+The last answer of every client is compared with what the policy says about its observation. The
+policy's parameters do not require gradients, for TorchRL's server runs the policy without
+``no_grad`` and would record a graph; both count their own statistics.
 
 Torch computes with one thread unless ``--torch-threads`` says otherwise, for everybody. With
 more, its OpenMP helpers spin on the cores that the clients need, and how they spin depends on
@@ -73,6 +75,8 @@ T = TypeVar("T")
 SyncClient = Callable[[TensorDictBase], TensorDictBase]
 
 CLIENTS = 32
+FRESH = False
+"""Whether every request is a new TensorDict; set by ``--fresh``."""
 WARM_UP_S = 0.2
 TRIAL_S = 0.4
 """Seconds per setting in the search for TorchRL's best."""
@@ -143,31 +147,33 @@ WORKLOADS = {"mlp": mlp, "cnn": cnn}
 # -- clients ------------------------------------------------------------------
 
 
-def request(observation: torch.Tensor) -> TensorDict:
-    """Make a request; every client of every library does it here, for every request."""
-    return TensorDict({"observation": observation})
+def requests(observation: torch.Tensor) -> Iterator[TensorDict]:
+    """What a client of any library asks with, one request after the other; see ``--fresh``."""
+    request = TensorDict({"observation": observation})
+    while True:
+        yield request
+        if FRESH:
+            request = TensorDict({"observation": observation})
 
 
 def ask(client: SyncClient, observation: torch.Tensor, until: float) -> tuple[int, TensorDictBase]:
     """Ask until `until`; return how many answers came in time, and the last one."""
-    answered = 0
-    while True:
-        answer = client(request(observation))
+    for answered, request in enumerate(requests(observation)):
+        answer = client(request)
         if time.perf_counter() > until:
             return answered, answer
-        answered += 1
+    raise AssertionError("requests never end")
 
 
 async def ask_async(
     client: Any, observation: torch.Tensor, until: float
 ) -> tuple[int, TensorDictBase]:
     """Do as :func:`ask` does, as a coroutine."""
-    answered = 0
-    while True:
-        answer = await client(request(observation))
+    for answered, request in enumerate(requests(observation)):
+        answer = await client(request)
         if time.perf_counter() > until:
             return answered, answer
-        answered += 1
+    raise AssertionError("requests never end")
 
 
 def thread_rate(workload: Workload, clients: Sequence[SyncClient], seconds: float) -> float:
@@ -308,7 +314,8 @@ def aioinfer_latency(workload: Workload, seconds: float) -> float:
         observation = workload.observations[0]
         async with InferenceServer(workload.policy, AsyncioTransport()) as server:
             client = server.async_client()
-            return await typical_us(lambda: client(request(observation)), seconds)
+            ready = requests(observation)
+            return await typical_us(lambda: client(next(ready)), seconds)
 
     return on_loop(main())
 
@@ -337,7 +344,7 @@ def idle_cpu_s(workload: Workload, seconds: float) -> float:
         async with InferenceServer(workload.policy, transport, max_batch_size=CLIENTS):
             clients = [transport.async_client() for _ in range(CLIENTS)]
             pairs = zip(clients, workload.observations, strict=True)
-            await asyncio.gather(*(client(request(o)) for client, o in pairs))
+            await asyncio.gather(*(client(next(requests(o))) for client, o in pairs))
             await asyncio.sleep(0.5)
             gc.collect()
             before = time.process_time()
@@ -348,7 +355,7 @@ def idle_cpu_s(workload: Workload, seconds: float) -> float:
     with InferenceServer(workload.policy, transport, max_batch_size=CLIENTS):
         clients = [transport.sync_client() for _ in range(CLIENTS)]
         for client, observation in zip(clients, workload.observations, strict=True):
-            client(request(observation))
+            client(next(requests(observation)))
         return on_loop(main())
 
 
@@ -619,6 +626,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="N",
         help="0 leaves the number to torch; default: %(default)s",
     )
+    parser.add_argument(
+        "--fresh", action="store_true", help="make a new TensorDict for every request"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the JSON line there too")
     args = parser.parse_args(argv)
     if args.rounds < 1:
@@ -632,7 +642,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, report; return the exit status."""
+    global FRESH
     args = parse(argv)
+    FRESH = args.fresh
     if args.torch_threads:
         torch.set_num_threads(args.torch_threads)
     machine = describe_machine()
@@ -674,7 +686,12 @@ def main(argv: list[str] | None = None) -> int:
             "loop": LOOP,
             "others_cpu_before": busy_before,
             "others_cpu_during": busy_during,
-            "options": {"rounds": args.rounds, "seconds": args.seconds, "clients": CLIENTS},
+            "options": {
+                "rounds": args.rounds,
+                "seconds": args.seconds,
+                "clients": CLIENTS,
+                "fresh": FRESH,
+            },
             "groups": {
                 key: {
                     "title": group.title,

@@ -27,7 +27,7 @@ class Observation:
 def _both_ways_to_build(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything here holds too where TensorDict has no ``_new_unsafe``."""
     if request.param == "the constructor":
-        monkeypatch.setattr(collation, "_new", TensorDict)
+        monkeypatch.setattr(collation, "new_tensordict", TensorDict)
 
 
 def collator(**options: Any) -> Collator:
