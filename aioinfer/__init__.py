@@ -13,6 +13,7 @@ from aioinfer.server import InferenceServer
 from aioinfer.stats import ServerStats
 from aioinfer.transports.asyncio import AsyncioTransport
 from aioinfer.transports.base import InferenceTransport
+from aioinfer.transports.mp import MPTransport
 from aioinfer.transports.threading import ThreadingTransport
 
 __version__ = "0.1.0"
@@ -24,6 +25,7 @@ __all__ = [
     "InferenceServer",
     "InferenceTransport",
     "InvalidRequestError",
+    "MPTransport",
     "ModelError",
     "QueueFullError",
     "ServerClosedError",

@@ -18,6 +18,10 @@ with contextlib.suppress(ImportError):  # it does not exist for every platform
 T = TypeVar("T")
 
 
+async def _running_loop() -> asyncio.AbstractEventLoop:
+    return asyncio.get_running_loop()
+
+
 class BackgroundLoop:
     """An event loop (uvloop where installed) in a daemon thread.
 
@@ -32,6 +36,7 @@ class BackgroundLoop:
         )
         self._thread.start()
         self._portal = started.result()
+        self.loop = self.call(_running_loop)
 
     @property
     def is_alive(self) -> bool:

@@ -19,7 +19,6 @@ import aioinfer.arguments as arguments
 from aioinfer.errors import ServerClosedError
 from aioinfer.request import GivenUp, Request, Source
 from aioinfer.signature import describe
-from aioinfer.waiting import Waiter
 
 if TYPE_CHECKING:
     from aioinfer.transports.base import InferenceTransport
@@ -38,6 +37,9 @@ class _Client:
         # The batcher waits for clients that may still ask; one that is gone will not.
         self._finalizer = weakref.finalize(self, _leave, transport, self._source)
         self._finalizer.atexit = False
+
+    def __reduce__(self) -> Any:
+        return type(self), (self._transport,)
 
     def close(self) -> None:
         """Say that this client will not ask again, so that no batch waits for it.
@@ -195,7 +197,7 @@ class SyncInferenceClient(_Client):
 
         Arguments, result and errors are those of :meth:`InferenceClient.__call__`.
         """
-        waiter = Waiter()
+        waiter = self._transport.waiter()
         request = self._request(td, timeout, priority, interaction_type, waiter)
         self._send(request, None)
         try:

@@ -45,3 +45,30 @@ class MonotonicClock:
         per iteration and rounds to milliseconds.
         """
         return loop.call_later(max(0.0, when - time.monotonic()), callback)
+
+
+class RemoteTimer:
+    """A timer on an event loop, armed and cancelled from any thread."""
+
+    def __init__(
+        self,
+        clock: Clock,
+        loop: asyncio.AbstractEventLoop,
+        when: float,
+        callback: Callable[[], object],
+    ) -> None:
+        self._clock = clock
+        self._loop = loop
+        self._timer: TimerHandle | None = None
+        self._cancelled = False
+        loop.call_soon_threadsafe(self._arm, when, callback)
+
+    def _arm(self, when: float, callback: Callable[[], object]) -> None:
+        if not self._cancelled:
+            self._timer = self._clock.call_at(self._loop, when, callback)
+
+    def cancel(self) -> None:
+        """Forget the timer; harmless once it has fired."""
+        self._cancelled = True
+        if self._timer is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._timer.cancel)

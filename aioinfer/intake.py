@@ -79,8 +79,15 @@ class Intake:
 
     # -- for transports -----------------------------------------------------
 
-    def submit(self, request: Request, *, block: bool = True) -> None:
+    def submit(
+        self, request: Request, *, block: bool = True, submitted_at: float | None = None
+    ) -> None:
         """Stamp and accept a request; from here on it will be answered.
+
+        Args:
+            request: the request.
+            block: if false, refuse it where there is no room.
+            submitted_at: when its caller sent it, where that was in another process.
 
         Raises:
             ServerClosedError: the server is closing or closed.
@@ -97,7 +104,10 @@ class Intake:
                 f"the queue holds {self._queued_rows()} of max_queue_size="
                 f"{self._max_queue_size} rows and block=False was given"
             )
-        request.submitted_at = now = self._now()
+        now = self._now()
+        if submitted_at is not None:
+            now = min(now, submitted_at)  # nobody has sent anything in the future
+        request.submitted_at = now
         if request.timeout is not None:
             request.deadline = now + request.timeout
         if request.batched:

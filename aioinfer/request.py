@@ -82,6 +82,7 @@ class Request:
         given_up: set by the caller when it no longer wants the answer.
         parts: the pieces it was split into because it was larger than a batch.
         whole: the request this is a piece of.
+        number: what a link between processes calls it.
     """
 
     port: ReplyPort
@@ -92,6 +93,7 @@ class Request:
     given_up: GivenUp | None = None
     parts: list[Request] | None = None
     whole: Request | None = None
+    number = 0
 
     def __init__(
         self,

@@ -9,6 +9,7 @@ hashing them, done several times per request, is comparing object identities.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,6 +26,13 @@ from tensordict.nn import InteractionType
 from aioinfer.errors import InvalidRequestError
 
 _ROW = torch.Size([])
+
+
+def _entries(td: TensorDict) -> Mapping[str, Any]:
+    """The entries of one level; the dictionary itself, which is half the price of items()."""
+    entries: Mapping[str, Any] = getattr(td, "_tensordict", td)
+    return entries
+
 
 # Signatures remembered at a time. Forgetting one is harmless: the next request that looks
 # like it gets a new object, and for a moment two queues hold what could have been one.
@@ -94,7 +102,7 @@ def describe(td: Any, mode: InteractionType | None) -> tuple[Any, int, bool, Sig
     leaves = []
     key: Any = None
     try:
-        for key, leaf in td.items():
+        for key, leaf in _entries(td).items():
             if type(leaf) is not torch.Tensor:
                 return _describe_other(td, mode)
             fields.append((key, leaf.shape, leaf.dtype, leaf.device))

@@ -10,6 +10,7 @@ from aioinfer.client import InferenceClient, SyncInferenceClient
 from aioinfer.clock import Clock
 from aioinfer.intake import Intake
 from aioinfer.request import GivenUp, Request, Source
+from aioinfer.waiting import Waiter
 
 
 class InferenceTransport(abc.ABC):
@@ -78,6 +79,10 @@ class InferenceTransport(abc.ABC):
         Raises:
             InferenceError: the request was not accepted; it will not be answered.
         """
+
+    def waiter(self) -> Any:
+        """Return what a thread waits on for one answer, the handle of its request."""
+        return Waiter()
 
     @abc.abstractmethod
     def give_up(self, request: Request, why: GivenUp) -> None:

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from aioinfer.clock import Clock, TimerHandle
+from aioinfer.clock import Clock, RemoteTimer, TimerHandle
 from aioinfer.errors import ServerClosedError
 from aioinfer.intake import Intake, running_loop
 from aioinfer.request import GivenUp, ReplyPort, Request, Source
@@ -109,7 +109,8 @@ class InProcessTransport(InferenceTransport, default=True):
         return self._attached().wait_for_room(rows, timeout)
 
     def call_at(self, when: float, callback: Callable[[], object]) -> TimerHandle:
-        return _RemoteTimer(self._attached(), when, callback)
+        intake = self._attached()
+        return RemoteTimer(intake.clock, intake.loop, when, callback)
 
     def join(self, source: Source) -> None:
         with self._lock:
@@ -162,22 +163,3 @@ class InProcessTransport(InferenceTransport, default=True):
         if port is None:
             port = self._abroad[loop] = _LoopPort(loop, on_loop=False)
         return port
-
-
-class _RemoteTimer:
-    """A timer on the server's loop, armed and cancelled from any thread."""
-
-    def __init__(self, intake: Intake, when: float, callback: Callable[[], object]) -> None:
-        self._intake = intake
-        self._timer: TimerHandle | None = None
-        self._cancelled = False
-        intake.loop.call_soon_threadsafe(self._arm, when, callback)
-
-    def _arm(self, when: float, callback: Callable[[], object]) -> None:
-        if not self._cancelled:
-            self._timer = self._intake.clock.call_at(self._intake.loop, when, callback)
-
-    def cancel(self) -> None:
-        self._cancelled = True
-        if self._timer is not None and not self._intake.loop.is_closed():
-            self._intake.loop.call_soon_threadsafe(self._timer.cancel)

@@ -1,0 +1,516 @@
+"""The client's side of a connection to a server in another process.
+
+Coroutines share one connection per event loop, read when the loop says that something came. A
+thread has a connection of its own and reads it while it waits: no other thread has to be woken
+on the way to its answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import math
+import os
+import select
+import socket
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import InvalidStateError
+from typing import Any, NamedTuple
+
+from aioinfer.clock import MonotonicClock
+from aioinfer.errors import InferenceError, ModelError, ServerClosedError, ServerDiedError
+from aioinfer.intake import running_loop
+from aioinfer.request import GivenUp, Request, Source
+from aioinfer.signature import Signature
+from aioinfer.transports import wire
+from aioinfer.transports.address import Address
+from aioinfer.transports.payload import (
+    LayoutReceiver,
+    LayoutSender,
+    Packed,
+    decode_layout,
+    pack_described,
+    unpack_object,
+)
+from aioinfer.transports.slots import Slots
+from aioinfer.transports.wire import FrameReader, Kind, Slot, WireError
+
+_clock = MonotonicClock()
+
+
+class _Asked(NamedTuple):
+    """A request on its way, and the slot that it and its reply may lie in."""
+
+    request: Request
+    slot: Slot | None
+
+
+class Channel:
+    """What both kinds of connection share: requests to frames, frames to answers.
+
+    Args:
+        address: where the server listens.
+        inline_nbytes: payloads larger than this go through shared memory.
+
+    Raises:
+        ServerClosedError: nobody listens there.
+    """
+
+    def __init__(self, address: Address, inline_nbytes: int) -> None:
+        try:
+            self.socket = address.connect()
+        except OSError as error:
+            raise ServerClosedError(
+                "no running server is attached to this transport; start one before calling a client"
+            ) from error
+        self.gone: InferenceError | None = None
+        """Why this connection has ended."""
+        self._inline_nbytes = inline_nbytes
+        self._closing: Exception | None = None
+        self._reader = FrameReader()
+        self._ids = itertools.count()
+        self._asked: dict[int, _Asked] = {}
+        self._sources: dict[Source, int] = {}
+        self._source_ids = itertools.count()
+        self._layouts = LayoutSender()
+        self._their_layouts = LayoutReceiver()
+        self._slots = Slots()
+        self._reply_nbytes: dict[Any, int] = {}  # per row, where replies are large
+        self._put(wire.encode(wire.Hello(wire.PROTOCOL, os.getpid(), address.token)))
+
+    # -- requests -----------------------------------------------------------
+
+    def send(self, request: Request, *, block: bool) -> None:
+        """Set a request on its way.
+
+        Raises:
+            InvalidRequestError: it cannot leave the process.
+            ServerDiedError: the server went away.
+        """
+        signature: Signature = request.signature  # type: ignore[assignment]
+        packed = pack_described(request.data, request.rows, request.batched, signature)
+        frames: list[bytes] = []
+        source = self._sources.get(request.source)
+        if source is None:
+            source = self._sources[request.source] = next(self._source_ids)
+            frames.append(wire.encode(wire.Join(source)))
+        layout_id, news = self._layouts.id_of(packed.layout)
+        if news is not None:
+            frames.append(news)
+        slot, in_slot = self._place(packed, self._reply_nbytes.get(signature, 0) * request.rows)
+        request_id = request.number = next(self._ids)
+        request.submitted_at = _clock()
+        if request.timeout is not None:
+            request.deadline = request.submitted_at + request.timeout
+        frames.append(
+            wire.encode_request(
+                request_id,
+                source,
+                layout_id,
+                packed,
+                request.rows,
+                request.batched,
+                submitted_at=request.submitted_at,
+                timeout=request.timeout,
+                priority=request.priority,
+                mode=signature.mode,
+                block=block,
+                slot=slot,
+                in_slot=in_slot,
+                reply_in_slot=slot is not None,
+            )
+        )
+        request.data = None
+        request.port = self  # type: ignore[assignment]
+        self._asked[request_id] = _Asked(request, slot)
+        self._put(frames[0] if len(frames) == 1 else b"".join(frames))
+        if self.gone is not None:
+            self._asked.pop(request_id, None)
+            raise self._gone()
+
+    def give_up(self, request: Request, why: GivenUp) -> None:
+        """The caller of a request no longer wants its answer. Never raises."""
+        request.given_up = why
+        asked = self._asked.get(request.number)
+        if asked is not None and asked.request is request:
+            self._put(wire.encode(wire.GiveUp(request.number, why)))
+
+    def leave(self, source: Source) -> None:
+        """A client is gone; the last one takes the connection with it."""
+        number = self._sources.pop(source, None)
+        if number is None or self.gone is not None:
+            return
+        if self._sources or self._asked:
+            self._put(wire.encode(wire.Leave(number)))
+        else:
+            self.close()
+
+    def close(self) -> None:
+        """End the connection."""
+        self._lose(ServerClosedError("the client was closed"))
+
+    def forget(self) -> None:
+        """Let go of what a forked child has inherited."""
+        self.gone = ServerClosedError("the connection belongs to the parent process")
+        self.socket.close()
+
+    def _place(self, packed: Packed, reply_nbytes: int) -> tuple[Slot | None, bool]:
+        """Find the slot that the request is in, or its reply may be, and fill it."""
+        in_slot = packed.nbytes > self._inline_nbytes
+        nbytes = max(packed.nbytes if in_slot else 0, reply_nbytes)
+        if nbytes <= self._inline_nbytes or self._slots.exhausted:
+            return None, False
+        slot, new = self._slots.take(nbytes)
+        if new is not None:
+            size, descriptor = new
+            try:
+                self._put(wire.encode(wire.Arena(slot.arena, size)), descriptor)
+            finally:
+                os.close(descriptor)
+        if in_slot:
+            with self._slots.view(slot) as view:
+                packed.write(view)
+        return slot, in_slot
+
+    # -- answers ------------------------------------------------------------
+
+    def receive(self) -> None:
+        """Take what has come, and answer those who wait for it."""
+        try:
+            count = self.socket.recv_into(self._reader.space())
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            count = 0
+        if not count:
+            self._lose(ServerDiedError("the connection to the server has ended"))
+            return
+        try:
+            for kind, body in self._reader.received(count):
+                self._handle(kind, body)
+        except WireError as error:
+            self._lose(ServerDiedError(f"the server sent what is not a message: {error}"))
+
+    def _handle(self, kind: Kind, body: bytearray) -> None:
+        if kind is Kind.REPLY:
+            head = wire.decode_reply(body)
+            asked = self._asked.pop(head.request_id, None)
+            if asked is not None:
+                self._settle(asked, self._read(head, asked, body))
+        elif kind is Kind.ERROR:
+            request_id, error = wire.decode_error(body)
+            asked = self._asked.pop(request_id, None)
+            if asked is not None:
+                self._settle(asked, error)
+        elif kind is Kind.DROPPED:
+            asked = self._asked.pop(wire.decode(kind, body).request_id, None)
+            if asked is not None and asked.slot is not None:
+                self._slots.give_back(asked.slot)
+        elif kind is Kind.LAYOUT:
+            self._their_layouts.define(*decode_layout(body))
+        elif kind is Kind.CLOSING:
+            self._closing = wire.decode_error(body)[1]
+        else:
+            wire.decode(kind, body)
+
+    def _read(self, head: wire.ReplyHead, asked: _Asked, body: bytearray) -> Any:
+        layout = self._their_layouts.get(head.layout_id)
+        start = wire.REPLY_NBYTES
+        if head.in_slot:
+            if asked.slot is None:
+                raise WireError("a reply lies in a slot that was not offered")
+            with self._slots.view(asked.slot) as view:
+                nbytes = len(view) if layout is None else layout.nbytes(head.rows)
+                body, start = bytearray(view[:nbytes]), 0
+        elif len(body) > self._inline_nbytes:
+            # The next request like this one offers a slot to its reply.
+            if len(self._reply_nbytes) > 256:
+                self._reply_nbytes.clear()
+            self._reply_nbytes[asked.request.signature] = len(body) // asked.request.rows + 1
+        if layout is None:
+            try:
+                return unpack_object(body, start, exact=not head.in_slot)
+            except InferenceError as error:
+                failed = ModelError(f"the answer cannot be rebuilt in this process: {error}")
+                failed.__cause__ = error.__cause__
+                return failed
+        leaves = layout.read(body, head.rows, head.batched, start)
+        return layout.tensordict(leaves, head.rows, head.batched)
+
+    def _settle(self, asked: _Asked, outcome: Any) -> None:
+        if asked.slot is not None:
+            self._slots.give_back(asked.slot)
+        handle = asked.request.handle
+        if asked.request.given_up is not None or handle.done():
+            return
+        try:
+            if isinstance(outcome, BaseException):
+                handle.set_exception(outcome)
+            else:
+                handle.set_result(outcome)
+        except InvalidStateError:  # given up in this moment, on another thread
+            pass
+
+    # -- the end ------------------------------------------------------------
+
+    def _lose(self, error: InferenceError) -> None:
+        if self.gone is not None:
+            return
+        self.gone = self._closing if isinstance(self._closing, InferenceError) else error
+        self._end()
+        asked, self._asked = self._asked, {}
+        for each in asked.values():
+            self._settle(each, self._gone())
+
+    def _gone(self) -> InferenceError:
+        """A fresh error that says why the connection has ended."""
+        assert self.gone is not None
+        return type(self.gone)(*self.gone.args)
+
+    def _put(self, data: bytes, descriptor: int | None = None) -> None:
+        """Send a frame; whoever cannot learns it from :attr:`gone`."""
+        raise NotImplementedError
+
+    def _end(self) -> None:
+        """Close the socket."""
+        raise NotImplementedError
+
+
+class Outbox:
+    """Sends on a non-blocking socket; what does not fit now goes when there is room."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.waiting: deque[tuple[memoryview, int | None]] = deque()
+        self.nbytes = 0
+        """Bytes that wait for room."""
+        self._socket = connection
+
+    def put(self, data: bytes, descriptor: int | None = None) -> bool:
+        """Send, and return whether all of it went.
+
+        Raises:
+            OSError: the connection is broken.
+        """
+        if not self.waiting and descriptor is None:
+            try:
+                sent = self._socket.send(data)
+            except (BlockingIOError, InterruptedError):
+                sent = 0
+            if sent == len(data):
+                return True
+            data = data[sent:]
+        self.waiting.append((memoryview(data), None if descriptor is None else os.dup(descriptor)))
+        self.nbytes += len(data)
+        return self.flush()
+
+    def flush(self) -> bool:
+        """Send what waits; return whether all of it went."""
+        while self.waiting:
+            data, descriptor = self.waiting[0]
+            try:
+                if descriptor is None:
+                    sent = self._socket.send(data)
+                else:
+                    sent = socket.send_fds(self._socket, [data], [descriptor])
+            except (BlockingIOError, InterruptedError):
+                return False
+            self.nbytes -= sent
+            if descriptor is not None:
+                os.close(descriptor)
+            if sent < len(data):
+                self.waiting[0] = (data[sent:], None)
+            else:
+                self.waiting.popleft()
+        return True
+
+    def clear(self) -> None:
+        """Forget what waits."""
+        while self.waiting:
+            _, descriptor = self.waiting.popleft()
+            if descriptor is not None:
+                os.close(descriptor)
+        self.nbytes = 0
+
+
+class LoopChannel(Channel):
+    """The connection of the coroutines of one event loop."""
+
+    def __init__(
+        self, address: Address, inline_nbytes: int, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        self._loop = weakref.ref(loop)  # the loop refers to this channel, and not the reverse
+        self._outbox: Outbox | None = None
+        super().__init__(address, inline_nbytes)
+        loop.add_reader(self.socket.fileno(), self.receive)
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop | None:
+        """The event loop; ``None`` once it is closed."""
+        loop = self._loop()
+        return None if loop is None or loop.is_closed() else loop
+
+    def give_up(self, request: Request, why: GivenUp) -> None:
+        self._on_loop(super().give_up, request, why)
+
+    def leave(self, source: Source) -> None:
+        self._on_loop(super().leave, source)
+
+    def _on_loop(self, function: Callable[..., None], *args: Any) -> None:
+        loop = self.loop
+        if loop is None:
+            return
+        if running_loop() is loop:
+            function(*args)
+        else:
+            with contextlib.suppress(RuntimeError):  # closed since
+                loop.call_soon_threadsafe(function, *args)
+
+    def _put(self, data: bytes, descriptor: int | None = None) -> None:
+        if self.gone is not None:
+            return
+        if self._outbox is None:
+            self.socket.setblocking(False)
+            self._outbox = Outbox(self.socket)
+        try:
+            if not self._outbox.put(data, descriptor) and (loop := self.loop) is not None:
+                loop.add_writer(self.socket.fileno(), self._flush)
+        except OSError:
+            self._broken()
+
+    def _flush(self) -> None:
+        assert self._outbox is not None
+        try:
+            if self._outbox.flush() and (loop := self.loop) is not None:
+                loop.remove_writer(self.socket.fileno())
+        except OSError:
+            self._broken()
+
+    def _broken(self) -> None:
+        # The server may have said why before it went.
+        while self.gone is None:
+            self.receive()
+
+    def _end(self) -> None:
+        loop = self.loop
+        if loop is not None and self.socket.fileno() >= 0:
+            loop.remove_reader(self.socket.fileno())
+            loop.remove_writer(self.socket.fileno())
+        if self._outbox is not None:
+            self._outbox.clear()
+        self.socket.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "socket"):
+            self.socket.close()
+
+
+class RemoteWaiter:
+    """What a thread waits on: its own connection."""
+
+    __slots__ = ("_done", "_error", "_result", "channel")
+
+    def __init__(self) -> None:
+        self.channel: ThreadChannel | None = None
+        self._done = False
+        self._result: Any = None
+        self._error: BaseException | None = None
+
+    def done(self) -> bool:
+        """Whether the answer is here."""
+        return self._done
+
+    def set_result(self, result: Any) -> None:
+        """Take the answer."""
+        self._result, self._done = result, True
+
+    def set_exception(self, error: BaseException) -> None:
+        """Take the error."""
+        self._error, self._done = error, True
+
+    def wait(self, timeout: float | None) -> bool:
+        """Block until answered or ``timeout`` seconds have passed; return whether answered."""
+        assert self.channel is not None
+        return self.channel.wait(self, timeout)
+
+    def result(self) -> Any:
+        """Return the answer, or raise it; once."""
+        error, self._error = self._error, None
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error  # its traceback refers to this frame
+        return self._result
+
+
+class ThreadChannel(Channel):
+    """The connection of one thread."""
+
+    def __init__(self, address: Address, inline_nbytes: int) -> None:
+        self._lock = threading.RLock()  # a client may leave on any thread
+        self._left: deque[Source] = deque()
+        super().__init__(address, inline_nbytes)
+        self.socket.settimeout(None)
+        self._poll = select.poll()
+        self._poll.register(self.socket, select.POLLIN)
+
+    def send(self, request: Request, *, block: bool) -> None:
+        with self._lock:
+            super().send(request, block=block)
+        request.handle.channel = self
+
+    def look(self) -> None:
+        """Take what came while nobody waited: perhaps that the server has gone."""
+        while self.gone is None and self._poll.poll(0):
+            self.receive()
+
+    def wait(self, waiter: RemoteWaiter, timeout: float | None) -> bool:
+        """Read until the waiter has its answer."""
+        give_up_at = None if timeout is None else _clock() + timeout
+        while not waiter.done():
+            if give_up_at is not None:
+                left = give_up_at - _clock()
+                if left <= 0 or not self._poll.poll(math.ceil(left * 1e3)):
+                    return waiter.done()
+            self.receive()
+        if self._left:
+            self._let_go()
+        return True
+
+    def leave(self, source: Source) -> None:
+        self._left.append(source)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        # From a finalizer, perhaps in the middle of anything: never wait here.
+        if self._lock.acquire(blocking=False):
+            try:
+                while self._left:
+                    super().leave(self._left.popleft())
+            finally:
+                self._lock.release()
+
+    def _put(self, data: bytes, descriptor: int | None = None) -> None:
+        if self.gone is not None:
+            return
+        try:
+            if descriptor is None:
+                self.socket.sendall(data)
+            else:
+                sent = socket.send_fds(self.socket, [data], [descriptor])
+                self.socket.sendall(data[sent:])
+        except OSError:
+            # The server may have said why before it went.
+            while self.gone is None:
+                self.receive()
+
+    def _end(self) -> None:
+        self.socket.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "socket"):
+            self.socket.close()

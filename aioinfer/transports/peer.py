@@ -1,0 +1,316 @@
+"""The server's side of one connection from another process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import logging
+import os
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tensordict.nn import InteractionType
+
+from aioinfer.errors import InferenceError, InvalidRequestError, ModelError
+from aioinfer.intake import Intake
+from aioinfer.request import GivenUp, Request, Source
+from aioinfer.signature import Signature, describe
+from aioinfer.transports import wire
+from aioinfer.transports.channel import Outbox
+from aioinfer.transports.payload import (
+    Layout,
+    LayoutReceiver,
+    LayoutSender,
+    decode_layout,
+    pack,
+    unpack_object,
+)
+from aioinfer.transports.slots import Arenas
+from aioinfer.transports.wire import FrameReader, Kind, RequestHead, WireError
+
+_log = logging.getLogger("aioinfer")
+
+HELLO_TIMEOUT_S = 5.0
+"""Seconds in which who connects must show the token."""
+MAX_WAITING_NBYTES = 1 << 28
+"""Bytes that may wait for a client that does not read, before it is disconnected."""
+_MAX_DESCRIPTORS = 8
+_ANCILLARY_NBYTES = socket.CMSG_SPACE(_MAX_DESCRIPTORS * 4)
+
+
+class Peer:
+    """Reads requests on the server's loop, and answers them from whatever thread has the answer.
+
+    Args:
+        connection: the connected socket; closed in the end.
+        intake: where requests go.
+        token: what the client must show first.
+        closed: called, on the loop, with this object once the connection has ended.
+    """
+
+    on_loop = False
+
+    def __init__(
+        self,
+        connection: socket.socket,
+        intake: Intake,
+        token: bytes,
+        closed: Callable[[Peer], None],
+    ) -> None:
+        self.socket = connection
+        self._intake = intake
+        self._loop: asyncio.AbstractEventLoop = intake.loop
+        self._token = token
+        self._closed = closed
+        self._reader = FrameReader(max_body=1 << 12)  # for the hello; more for who may speak
+        self._descriptors: deque[int] = deque()
+        self._arenas = Arenas()
+        self._sources: dict[int, Source] = {}
+        self._open: dict[int, Request] = {}
+        self._their_layouts = LayoutReceiver()
+        self._signatures: dict[tuple[Layout, InteractionType | None, bool], Signature] = {}
+        self._lock = threading.Lock()  # around everything that is sent
+        self._layouts = LayoutSender()
+        connection.setblocking(False)
+        self._outbox = Outbox(connection)
+        self._over = False
+        self._welcome = False
+        self._timer = self._loop.call_later(HELLO_TIMEOUT_S, self._expect_hello)
+        self._loop.add_reader(connection.fileno(), self._readable)
+
+    # -- requests -----------------------------------------------------------
+
+    def _readable(self) -> None:
+        try:
+            count, ancillary, _, _ = self.socket.recvmsg_into(
+                [self._reader.space()], _ANCILLARY_NBYTES
+            )
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            count, ancillary = 0, []
+        try:
+            for level, kind, data in ancillary:
+                if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                    usable = len(data) - len(data) % 4
+                    numbers = memoryview(data[:usable]).cast("i")
+                    self._descriptors.extend(numbers)
+            if len(self._descriptors) > _MAX_DESCRIPTORS:
+                raise WireError("more descriptors than arenas")
+            if not count:
+                self.close(None)
+                return
+            for kind_, body in self._reader.received(count):
+                self._handle(kind_, body)
+                if self._over:
+                    return
+        except WireError as error:
+            _log.warning("a client process was disconnected: %s", error)
+            self.close(InvalidRequestError(f"the server did not understand this process: {error}"))
+
+    def _handle(self, kind: Kind, body: bytearray) -> None:
+        if not self._welcome:
+            self._greet(kind, body)
+        elif kind is Kind.REQUEST:
+            self._ask(wire.decode_request(body), body)
+        elif kind is Kind.LAYOUT:
+            self._their_layouts.define(*decode_layout(body))
+        elif kind is Kind.GIVE_UP:
+            request_id, why = wire.decode(kind, body)
+            request = self._open.pop(request_id, None)
+            if request is not None:
+                self._intake.give_up(request, why)
+                self._send(wire.encode(wire.Dropped(request_id)))
+        elif kind is Kind.JOIN:
+            number = wire.decode(kind, body).source
+            if number in self._sources:
+                raise WireError(f"client {number} joined twice")
+            self._sources[number] = source = Source()
+            self._intake.join(source)
+        elif kind is Kind.LEAVE:
+            left = self._sources.pop(wire.decode(kind, body).source, None)
+            if left is not None:
+                self._leave(left)
+        elif kind is Kind.ARENA:
+            arena, nbytes = wire.decode(kind, body)
+            if not self._descriptors:
+                raise WireError("an arena without its descriptor")
+            self._arenas.add(arena, nbytes, self._descriptors.popleft())
+        else:
+            raise WireError(f"{kind.name} is for servers to say")
+
+    def _greet(self, kind: Kind, body: bytearray) -> None:
+        if kind is not Kind.HELLO:
+            raise WireError(f"{kind.name} before HELLO")
+        hello = wire.decode(kind, body)
+        if not hmac.compare_digest(hello.token, self._token):
+            raise WireError("a HELLO with the wrong token")
+        if hello.protocol != wire.PROTOCOL:
+            raise WireError(f"protocol {hello.protocol}, this server speaks {wire.PROTOCOL}")
+        self._welcome = True
+        self._timer.cancel()
+        self._reader.max_body = wire.MAX_BODY
+
+    def _ask(self, head: RequestHead, body: bytearray) -> None:
+        source = self._sources.get(head.source)
+        if source is None or head.request_id in self._open:
+            raise WireError(f"request {head.request_id} of client {head.source}, not as announced")
+        layout = self._their_layouts.get(head.layout_id)
+        slot = head.slot
+        buffer: Any = body
+        start = wire.REQUEST_NBYTES
+        if slot is not None:
+            view = self._arenas.view(slot)
+            if head.in_slot:
+                buffer, start = view, 0
+        try:
+            data, signature = self._understand(head, layout, buffer, start)
+            request = Request(
+                data,
+                head.rows,
+                head.batched,
+                signature,
+                head.timeout,
+                head.priority,
+                source,
+                handle=(head.request_id, slot if head.reply_in_slot else None),
+            )
+            request.port = self
+            self._open[head.request_id] = request
+            self._intake.submit(request, block=head.block, submitted_at=head.submitted_at)
+        except (InferenceError, TypeError, ValueError) as error:
+            self._open.pop(head.request_id, None)
+            self._send(wire.encode_error(head.request_id, error))
+
+    def _understand(
+        self, head: RequestHead, layout: Layout | None, buffer: Any, start: int
+    ) -> tuple[Any, Signature]:
+        """The data of a request, as :func:`describe` would give it, and its signature."""
+        if layout is None:
+            td = unpack_object(buffer, start, exact=not head.in_slot)
+            data, rows, batched, signature = describe(td, head.mode)
+            if rows != head.rows or batched != head.batched:
+                raise WireError(f"an object of {rows} rows was announced with {head.rows}")
+            return data, signature
+        leaves = layout.read(buffer, head.rows, head.batched, start, exact=not head.in_slot)
+        looks = layout, head.mode, head.batched
+        known = self._signatures.get(looks)
+        if known is not None:
+            return leaves, known
+        td = layout.tensordict(leaves, head.rows, head.batched)
+        data, _, _, signature = describe(td, head.mode)
+        if signature.plain and signature.keys == layout.keys:
+            if len(self._signatures) > 256:
+                self._signatures.clear()
+            self._signatures[looks] = signature
+        return data, signature
+
+    # -- answers ------------------------------------------------------------
+
+    def deliver(self, outcomes: Sequence[tuple[Request, Any]]) -> None:
+        with self._lock:
+            frames = b"".join([self._encode(request, outcome) for request, outcome in outcomes])
+            self._put(frames)
+
+    def _encode(self, request: Request, outcome: Any) -> bytes:
+        request_id, slot = request.handle
+        if self._open.pop(request_id, None) is None:  # its caller has gone
+            return b""
+        if isinstance(outcome, BaseException):
+            return wire.encode_error(request_id, outcome)
+        try:
+            packed = pack(outcome)
+        except Exception as error:
+            failed = ModelError(f"the policy's answer cannot be sent to another process: {error}")
+            failed.__cause__ = error
+            return wire.encode_error(request_id, failed)
+        in_slot = slot is not None and packed.nbytes <= slot.capacity
+        if in_slot:
+            with self._arenas.view(slot) as view:
+                packed.write(view)
+        elif packed.nbytes > wire.MAX_BODY - wire.REPLY_NBYTES:
+            large = ModelError(
+                f"the policy's answer is too large to be sent: {packed.nbytes} bytes"
+            )
+            return wire.encode_error(request_id, large)
+        layout_id, news = self._layouts.id_of(packed.layout)
+        reply = wire.encode_reply(
+            request_id, layout_id, packed, request.rows, request.batched, in_slot=in_slot
+        )
+        return reply if news is None else news + reply
+
+    def _send(self, data: bytes) -> None:
+        with self._lock:
+            self._put(data)
+
+    def _put(self, data: bytes) -> None:
+        """Send, never blocking; the lock is held."""
+        if self._over or not data:
+            return
+        try:
+            if self._outbox.put(data):
+                return
+        except OSError:  # it has gone; the loop will read that
+            return
+        slow = self._outbox.nbytes > MAX_WAITING_NBYTES
+        # Not here: this may be another thread than the loop's, and the lock is held.
+        with contextlib.suppress(RuntimeError):  # the loop was closed
+            self._loop.call_soon_threadsafe(self._give_in if slow else self._wait_for_room)
+
+    def _wait_for_room(self) -> None:
+        if not self._over:
+            self._loop.add_writer(self.socket.fileno(), self._flush)
+
+    def _flush(self) -> None:
+        with self._lock:
+            try:
+                done = self._outbox.flush()
+            except OSError:
+                done = True
+        if done:
+            self._loop.remove_writer(self.socket.fileno())
+
+    def _give_in(self) -> None:
+        _log.warning("a client process that does not read its answers was disconnected")
+        self.close(None)
+
+    # -- the end ------------------------------------------------------------
+
+    def _expect_hello(self) -> None:
+        if not self._welcome:
+            self.close(None)
+
+    def _leave(self, source: Source) -> None:
+        source.closed = True
+        self._intake.leave(source)
+
+    def close(self, error: InferenceError | None) -> None:
+        """End the connection, saying why if that is known; on the loop."""
+        if self._over:
+            return
+        with self._lock:
+            if error is not None:
+                self._put(wire.encode_error(0, error, Kind.CLOSING))
+            self._over = True
+            self._outbox.clear()
+        self._timer.cancel()
+        descriptor = self.socket.fileno()
+        self._loop.remove_reader(descriptor)
+        self._loop.remove_writer(descriptor)
+        self.socket.close()
+        while self._descriptors:
+            os.close(self._descriptors.popleft())
+        requests, self._open = list(self._open.values()), {}
+        for request in requests:
+            self._intake.give_up(request, GivenUp.CANCELLED)
+        for source in self._sources.values():
+            self._leave(source)
+        self._closed(self)
+
+    def forget(self) -> None:
+        """Let go of what a forked child has inherited."""
+        self.socket.close()
