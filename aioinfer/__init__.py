@@ -9,6 +9,7 @@ from aioinfer.errors import (
     ServerClosedError,
     ServerDiedError,
 )
+from aioinfer.process import ProcessInferenceServer
 from aioinfer.server import InferenceServer
 from aioinfer.stats import ServerStats
 from aioinfer.transports.asyncio import AsyncioTransport
@@ -27,6 +28,7 @@ __all__ = [
     "InvalidRequestError",
     "MPTransport",
     "ModelError",
+    "ProcessInferenceServer",
     "QueueFullError",
     "ServerClosedError",
     "ServerDiedError",

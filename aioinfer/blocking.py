@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 
 from anyio.from_thread import BlockingPortal
 
-_new_event_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
+new_event_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
 with contextlib.suppress(ImportError):  # it does not exist for every platform
-    from uvloop import new_event_loop as _new_event_loop
+    from uvloop import new_event_loop
 
 T = TypeVar("T")
 
@@ -61,7 +61,7 @@ class BackgroundLoop:
                 await portal.sleep_until_stopped()
 
         try:
-            with asyncio.Runner(loop_factory=_new_event_loop) as runner:
+            with asyncio.Runner(loop_factory=new_event_loop) as runner:
                 runner.run(main())
         except BaseException as error:
             if not started.done():

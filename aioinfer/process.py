@@ -1,0 +1,403 @@
+"""A server in a process of its own: actors, trainer and policy do not share one interpreter."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import anyio
+import anyio.to_thread
+import torch
+
+import aioinfer.arguments as arguments
+from aioinfer.blocking import new_event_loop
+from aioinfer.errors import ServerClosedError, ServerDiedError
+from aioinfer.server import InferenceServer
+from aioinfer.stats import ServerStats
+from aioinfer.transports.mp import MPTransport
+from aioinfer.transports.wire import RemoteTraceback
+
+if TYPE_CHECKING:
+    from aioinfer.client import InferenceClient, SyncInferenceClient
+
+_JOIN_S = 5.0
+"""Seconds that a process has to end, once it has nothing left to do."""
+
+
+class ProcessInferenceServer:
+    """Runs an :class:`InferenceServer` in a child process, which builds the policy itself.
+
+    Use it as ``with``, as ``async with``, or through :meth:`start` and :meth:`shutdown`. It can
+    be started again. The child ends with this process, however that ends, and leaves Ctrl-C to
+    it.
+
+    Args:
+        policy_factory: called in the child without arguments; returns the policy. It must be
+            picklable unless the start method is fork.
+        transport: the link that is served; ``None`` for a new :class:`MPTransport`.
+        ctx: the multiprocessing context the child is made with. ``None`` for the transport's or,
+            if that has none either, for spawn, as forking a process that has used torch's
+            threads is not safe.
+        start_timeout: seconds in which the child must be ready.
+        **options: what :class:`InferenceServer` takes besides.
+    """
+
+    def __init__(
+        self,
+        policy_factory: Callable[[], Any],
+        transport: MPTransport | None = None,
+        *,
+        ctx: Any = None,
+        start_timeout: float = 120.0,
+        **options: Any,
+    ) -> None:
+        if not callable(policy_factory):
+            raise TypeError(f"policy_factory must be callable, got {policy_factory!r}")
+        if transport is not None and not isinstance(transport, MPTransport):
+            raise TypeError(f"transport must be an MPTransport or None, got {transport!r}")
+        InferenceServer(_nothing, **options)  # refuses a wrong option here and now
+        self._factory = policy_factory
+        self._transport = MPTransport() if transport is None else transport
+        self._ctx: Any = ctx or self._transport.ctx or multiprocessing.get_context("spawn")
+        self._start_timeout = arguments.duration("start_timeout", start_timeout)
+        self._options = options
+        self._process: Any = None
+        self._control: Connection | None = None
+        self._lock = threading.RLock()  # one question at a time
+
+    # -- clients ------------------------------------------------------------
+
+    @property
+    def transport(self) -> MPTransport:
+        """The link that is served."""
+        return self._transport
+
+    def client(self) -> InferenceClient | SyncInferenceClient:
+        """Return a new client of the transport, of the kind natural for it."""
+        return self._transport.client()
+
+    def async_client(self) -> InferenceClient:
+        """Return a new client for coroutines."""
+        return self._transport.async_client()
+
+    def sync_client(self) -> SyncInferenceClient:
+        """Return a new client for threads."""
+        return self._transport.sync_client()
+
+    # -- questions ----------------------------------------------------------
+
+    @property
+    def pid(self) -> int | None:
+        """The child's process id; ``None`` while there is none."""
+        return None if self._process is None else self._process.pid
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the child runs."""
+        return self._process is not None and self._process.is_alive()
+
+    @property
+    def policy_version(self) -> int:
+        """The version that serves now."""
+        version: int = self._ask("policy_version")
+        return version
+
+    def stats(self, *, reset: bool = False) -> ServerStats:
+        """Return what the server did, as :meth:`InferenceServer.stats` does.
+
+        Raises:
+            ServerClosedError: it is not running.
+            ServerDiedError: the process has ended; the message says how.
+        """
+        stats: ServerStats = self._ask("stats", reset)
+        return stats
+
+    async def astats(self, *, reset: bool = False) -> ServerStats:
+        """Return what the server did; the awaitable :meth:`stats`."""
+        return await anyio.to_thread.run_sync(lambda: self.stats(reset=reset))
+
+    def load_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> int:
+        """Load weights between two batches, and wait until that is done.
+
+        Args:
+            state_dict: as the policy's own ``load_state_dict`` takes it.
+
+        Returns:
+            The policy's version from now on.
+
+        Raises:
+            RuntimeError: the policy does not take them.
+            ServerClosedError: the server is not running.
+            ServerDiedError: the process has ended; the message says how.
+        """
+        version: int = self._ask("load_state_dict", dict(state_dict))
+        return version
+
+    async def aload_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> int:
+        """Load weights between two batches; the awaitable :meth:`load_state_dict`."""
+        return await anyio.to_thread.run_sync(self.load_state_dict, state_dict)
+
+    def _ask(self, what: str, *args: Any) -> Any:
+        with self._lock:
+            control = self._control
+            if control is None:
+                raise ServerClosedError("this server is not running; start it first")
+            try:
+                _send(control, (what, args))
+                worked, answer = pickle.loads(control.recv_bytes())
+            except (EOFError, OSError) as error:
+                raise self._died() from error
+        if not worked:
+            raise _rebuilt(answer)
+        return answer
+
+    def _died(self) -> ServerDiedError:
+        process = self._process
+        process.join(_JOIN_S)
+        return ServerDiedError(f"the server's process {process.pid} {_end_of(process.exitcode)}")
+
+    # -- life ---------------------------------------------------------------
+
+    def start(self) -> Self:
+        """Start the process and wait until it serves.
+
+        Returns:
+            The server itself.
+
+        Raises:
+            RuntimeError: it is already running.
+            ServerDiedError: the process ended, or was not ready in time.
+            Exception: what the policy factory raised; its ``__cause__`` shows where.
+        """
+        with self._lock:
+            if self.is_alive:
+                raise RuntimeError(
+                    "this server is already running; close it before starting it again"
+                )
+            self._forget()
+            ours, theirs = self._ctx.Pipe()
+            process = self._ctx.Process(
+                target=_serve,
+                args=(theirs, os.getpid(), self._factory, self._transport, self._options),
+                name="ProcessInferenceServer",
+                daemon=True,
+            )
+            process.start()
+            theirs.close()
+            self._process, self._control = process, ours
+            try:
+                if not ours.poll(self._start_timeout):
+                    raise ServerDiedError(
+                        f"the server's process was not ready within start_timeout="
+                        f"{self._start_timeout} s"
+                    )
+                worked, answer = pickle.loads(ours.recv_bytes())
+                if not worked:
+                    raise _rebuilt(answer)
+            except BaseException as error:
+                died = isinstance(error, EOFError | OSError)
+                failure = self._died() if died else error
+                self._forget()
+                raise failure from (error if died else error.__cause__)
+        return self
+
+    def shutdown(self, timeout: float | None = None, *, drain: bool = True) -> None:
+        """Close the server and end its process; harmless if it is closed.
+
+        Args:
+            timeout: seconds to drain; ``None`` for as long as the accepted requests take.
+            drain: whether requests accepted so far are still answered.
+        """
+        if timeout is not None:
+            timeout = arguments.duration("timeout", timeout)
+        with self._lock:
+            if self._control is not None:
+                with contextlib.suppress(ServerDiedError):
+                    self._ask("close", timeout, drain)
+            self._forget()
+
+    def _forget(self) -> None:
+        """End the process, if it has not ended, and let go of it."""
+        control, self._control = self._control, None
+        if control is not None:
+            control.close()
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.join(_JOIN_S)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        process.close()
+
+    async def aclose(self, timeout: float | None = None, *, drain: bool = True) -> None:
+        """Close the server and end its process; the awaitable :meth:`shutdown`."""
+        await anyio.to_thread.run_sync(lambda: self.shutdown(timeout, drain=drain))
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.shutdown()
+
+    async def __aenter__(self) -> Self:
+        return await anyio.to_thread.run_sync(self.start)
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        with anyio.CancelScope(shield=True):
+            await self.aclose()
+
+
+def _nothing(td: Any) -> Any:
+    return td
+
+
+def _end_of(code: int | None) -> str:
+    if code is None:
+        return "does not answer"
+    if code >= 0:
+        return f"ended with exit code {code}"
+    with contextlib.suppress(ValueError):
+        return f"was killed by signal {signal.Signals(-code).name}"
+    return f"was killed by signal {-code}"
+
+
+def _send(control: Connection, message: Any) -> None:
+    # Plain pickle: the one of multiprocessing would move tensors of the caller's own model into
+    # shared memory.
+    control.send_bytes(pickle.dumps(message))
+
+
+# -- in the child -------------------------------------------------------------
+
+
+def _serve(
+    control: Connection,
+    parent: int,
+    factory: Callable[[], Any],
+    transport: MPTransport,
+    options: dict[str, Any],
+) -> None:
+    """What the child does, from its first moment to its last."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole terminal
+    try:
+        server = InferenceServer(factory(), transport, **options)
+    except BaseException as error:
+        _send(control, (False, _described(error)))
+        return
+    with asyncio.Runner(loop_factory=new_event_loop) as runner, contextlib.suppress(OSError):
+        runner.run(_run(server, control, parent))
+
+
+async def _run(server: InferenceServer, control: Connection, parent: int) -> None:
+    try:
+        await server.__aenter__()
+    except Exception as error:
+        _send(control, (False, _described(error)))
+        return
+    try:
+        _send(control, (True, None))
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(_outlive_nobody, parent, tasks.cancel_scope)
+            await _answer(server, control)
+            tasks.cancel_scope.cancel()
+    finally:
+        with anyio.CancelScope(shield=True):
+            await server.aclose(drain=False)
+
+
+async def _outlive_nobody(parent: int, scope: anyio.CancelScope) -> None:
+    """End the server once its parent has ended, however that did."""
+    # Not by the end of the pipe: children that were forked later may hold it open.
+    if hasattr(os, "pidfd_open"):
+        with contextlib.suppress(ProcessLookupError):
+            descriptor = os.pidfd_open(parent)
+            try:
+                await anyio.wait_readable(descriptor)
+            finally:
+                os.close(descriptor)
+    else:
+        known = multiprocessing.parent_process()
+        assert known is not None
+        await anyio.wait_readable(known.sentinel)
+    scope.cancel()
+
+
+async def _answer(server: InferenceServer, control: Connection) -> None:
+    """Do what the parent asks, until it asks to close."""
+    closing = False
+    while not closing:
+        await anyio.wait_readable(control.fileno())
+        try:
+            what, args = pickle.loads(control.recv_bytes())
+        except EOFError:
+            return
+        closing = what == "close"
+        try:
+            answer = await _QUESTIONS[what](server, *args)
+        except Exception as error:
+            _send(control, (False, _described(error)))
+        else:
+            _send(control, (True, answer))
+
+
+async def _stats(server: InferenceServer, reset: bool) -> ServerStats:
+    return server.stats(reset=reset)
+
+
+async def _policy_version(server: InferenceServer) -> int:
+    return server.policy_version
+
+
+async def _load_state_dict(server: InferenceServer, state_dict: dict[str, torch.Tensor]) -> int:
+    await server.aupdate_model(lambda model: model.load_state_dict(state_dict))
+    return server.policy_version
+
+
+async def _close(server: InferenceServer, timeout: float | None, drain: bool) -> None:
+    with anyio.move_on_after(timeout):
+        await server.aclose(drain=drain)
+
+
+_QUESTIONS: dict[str, Callable[..., Any]] = {
+    "stats": _stats,
+    "policy_version": _policy_version,
+    "load_state_dict": _load_state_dict,
+    "close": _close,
+}
+
+
+def _described(error: BaseException) -> tuple[BaseException, str]:
+    """An exception that pickles, and its traceback as text."""
+    text = "".join(traceback.format_exception(error))
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}"), text
+    return error, text
+
+
+def _rebuilt(described: tuple[BaseException, str]) -> BaseException:
+    error, text = described
+    error.__cause__ = RemoteTraceback(text)
+    return error
