@@ -6,8 +6,8 @@ VENV ?= .venv
 ARGS ?=
 PYTEST_ARGS ?=
 WORKERS ?= 2
-BENCHMARKS ?= tests/benchmarks/in_process.py tests/benchmarks/batcher.py \
-	tests/benchmarks/batching.py
+BENCHMARKS ?= tests/benchmarks/in_process.py tests/benchmarks/processes.py \
+	tests/benchmarks/batcher.py tests/benchmarks/batching.py
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip

@@ -238,6 +238,12 @@ class Batcher:
             return Wait(None, ANY_NUMBER)
         if not self.rows:
             return self._idle(now)
+        if len(self._queues) == 1:  # spelt out, for this is the usual case
+            for kind, queue in self._queues.items():
+                verdict = self._verdict(kind, queue, now)
+                if isinstance(verdict, Wait):
+                    return verdict
+                return self._dispatch(queue, kind, verdict, now)
         chosen: Queue | None = None
         chosen_kind: Hashable = None
         reason = Reason.FULL
@@ -302,16 +308,20 @@ class Batcher:
         return Wait(None, 1)
 
     def _dispatch(self, queue: Queue, kind: Hashable, reason: Reason, now: float) -> Dispatch:
-        limit = min(queue.rows, self.max_batch_size)
+        limit = queue.rows
+        if limit > self.max_batch_size:
+            limit = self.max_batch_size
         if reason is Reason.ALL_CLIENTS_IN:
             limit = math.ceil(limit / self._patience.groups(kind, limit))
         if self._sizes is not None:
             limit = self._fitting(self._sizes, kind, limit, now)
         requests, rows, expired = queue.take(limit, now, self._patience.least_cost(kind, now))
-        self.rows -= rows + sum([request.rows for request in expired])
+        self.rows -= rows
+        if expired:
+            self.rows -= sum([request.rows for request in expired])
         if not queue.rows:
             del self._queues[kind]
-        size = fitting_size(self._sizes, rows) if rows else 0
+        size = fitting_size(self._sizes, rows) if self._sizes and rows else rows
         if requests:
             self.busy = True
             self._kind = kind

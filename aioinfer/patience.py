@@ -184,7 +184,11 @@ class Patience:
 
     def expected(self, kind: Hashable) -> int:
         """Return how many requests of this kind may soon arrive."""
-        return sum([c.left for c in self._cohorts if c.kind is kind or c.kind is None])
+        expected = 0
+        for cohort in self._cohorts:
+            if cohort.left and (cohort.kind is kind or cohort.kind is None):
+                expected += cohort.left
+        return expected
 
     def wait(
         self, kind: Hashable, rows: int, requests: int, room: float, now: float

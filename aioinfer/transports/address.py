@@ -11,6 +11,13 @@ import tempfile
 from typing import NamedTuple
 
 
+class Connection(socket.socket):
+    """A socket that closes itself, without complaint, when nothing refers to it any more."""
+
+    def __del__(self) -> None:
+        self.close()
+
+
 class Address(NamedTuple):
     """A Unix socket and the secret that opens it. It pickles; it is all that a client needs."""
 
@@ -55,10 +62,14 @@ class Address(NamedTuple):
         Raises:
             OSError: nobody does.
         """
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection = Connection(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            connection.settimeout(5.0)  # it takes no time, unless thousands come at once
-            connection.connect(self.path)
+            try:
+                connection.setblocking(False)
+                connection.connect(self.path)
+            except BlockingIOError:  # thousands come at once
+                connection.settimeout(5.0)
+                connection.connect(self.path)
         except BaseException:
             connection.close()
             raise

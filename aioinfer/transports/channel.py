@@ -403,10 +403,6 @@ class LoopChannel(Channel):
             self._outbox.clear()
         self.socket.close()
 
-    def __del__(self) -> None:
-        if hasattr(self, "socket"):
-            self.socket.close()
-
 
 class RemoteWaiter:
     """What a thread waits on: its own connection."""
@@ -476,6 +472,8 @@ class ThreadChannel(Channel):
                 left = give_up_at - _clock()
                 if left <= 0 or not self._poll.poll(math.ceil(left * 1e3)):
                     return waiter.done()
+            if self.gone is not None:
+                raise self._gone()
             self.receive()
         if self._left:
             self._let_go()
@@ -510,7 +508,3 @@ class ThreadChannel(Channel):
 
     def _end(self) -> None:
         self.socket.close()
-
-    def __del__(self) -> None:
-        if hasattr(self, "socket"):
-            self.socket.close()

@@ -13,7 +13,7 @@ from typing import Any
 
 from aioinfer.blocking import BackgroundLoop
 from aioinfer.clock import Clock, MonotonicClock, RemoteTimer
-from aioinfer.intake import Intake, running_loop
+from aioinfer.intake import Intake, loop_closed, running_loop
 from aioinfer.request import GivenUp, Request, Source
 from aioinfer.transports.address import Address
 from aioinfer.transports.base import InferenceTransport
@@ -21,8 +21,9 @@ from aioinfer.transports.channel import Channel, LoopChannel, RemoteWaiter, Thre
 from aioinfer.transports.peer import Peer
 
 INLINE_NBYTES = 1 << 14
-"""Payloads up to so many bytes travel in the message. Measured by ``tests/benchmarks/processes.py
---threshold``: below, a message with everything in it is as fast as one that points to memory."""
+"""Payloads up to so many bytes travel in the message. With 8 processes on 2 cores
+(``tests/benchmarks/processes.py --threshold``) messages are a fifth faster at 1 KiB, both are
+alike at 64 KiB, and memory is twice as fast at 1 MiB."""
 
 
 class MPTransport(InferenceTransport):
@@ -66,9 +67,10 @@ class MPTransport(InferenceTransport):
 
     def _begin(self) -> None:
         """Start without connections."""
-        self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopChannel] = (
-            weakref.WeakKeyDictionary()
-        )
+        # The loop owns its channel, by the reader; it ends with the loop, whoever still waits.
+        self._loops: weakref.WeakKeyDictionary[
+            asyncio.AbstractEventLoop, weakref.ref[LoopChannel]
+        ] = weakref.WeakKeyDictionary()
         self._thread = threading.local()
         self._threads: weakref.WeakSet[ThreadChannel] = weakref.WeakSet()
         self._background: BackgroundLoop | None = None
@@ -86,6 +88,8 @@ class MPTransport(InferenceTransport):
     def send(
         self, request: Request, loop: asyncio.AbstractEventLoop | None, *, block: bool = True
     ) -> None:
+        if self._intake is not None and self._intake.loop.is_closed():
+            raise loop_closed()
         if loop is not None:
             self._loop_channel(loop).send(request, block=block)
         elif isinstance(request.handle, RemoteWaiter):
@@ -118,14 +122,19 @@ class MPTransport(InferenceTransport):
         pass  # it joins with its first request
 
     def leave(self, source: Source) -> None:
-        for channel in (*self._loops.values(), *self._threads):
+        for channel in self._channels():
             channel.leave(source)
 
+    def _channels(self) -> list[Channel]:
+        of_loops = [channel() for channel in self._loops.values()]
+        return [*[channel for channel in of_loops if channel is not None], *self._threads]
+
     def _loop_channel(self, loop: asyncio.AbstractEventLoop) -> LoopChannel:
-        channel = self._loops.get(loop)
+        known = self._loops.get(loop)
+        channel = None if known is None else known()
         if channel is None or channel.gone is not None:
             channel = LoopChannel(self._address, self._inline_nbytes, loop)
-            self._loops[loop] = channel
+            self._loops[loop] = weakref.ref(channel)
         return channel
 
     def _thread_channel(self) -> ThreadChannel:
@@ -194,7 +203,7 @@ class MPTransport(InferenceTransport):
         """Forget, in a forked child, what belongs to the parent."""
         # The sockets are closed, or the parent's end would not be noticed. Nothing else is
         # touched: the child shares the parent's epoll instance.
-        for channel in (*self._loops.values(), *self._threads):
+        for channel in self._channels():
             channel.forget()
         for peer in self._peers:
             peer.forget()

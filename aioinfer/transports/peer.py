@@ -39,6 +39,7 @@ HELLO_TIMEOUT_S = 5.0
 MAX_WAITING_NBYTES = 1 << 28
 """Bytes that may wait for a client that does not read, before it is disconnected."""
 _MAX_DESCRIPTORS = 8
+_HELLO_NBYTES = len(wire.encode(wire.Hello(0, 0, bytes(32))))
 _ANCILLARY_NBYTES = socket.CMSG_SPACE(_MAX_DESCRIPTORS * 4)
 
 
@@ -66,7 +67,9 @@ class Peer:
         self._loop: asyncio.AbstractEventLoop = intake.loop
         self._token = token
         self._closed = closed
-        self._reader = FrameReader(max_body=1 << 12)  # for the hello; more for who may speak
+        self._reader = FrameReader()
+        self._greeting_nbytes = _HELLO_NBYTES
+        """Bytes still to come of the first frame; nothing more is read before it is checked."""
         self._descriptors: deque[int] = deque()
         self._arenas = Arenas()
         self._sources: dict[int, Source] = {}
@@ -85,10 +88,11 @@ class Peer:
     # -- requests -----------------------------------------------------------
 
     def _readable(self) -> None:
+        space = self._reader.space()
+        if not self._welcome:
+            space = space[: self._greeting_nbytes]
         try:
-            count, ancillary, _, _ = self.socket.recvmsg_into(
-                [self._reader.space()], _ANCILLARY_NBYTES
-            )
+            count, ancillary, _, _ = self.socket.recvmsg_into([space], _ANCILLARY_NBYTES)
         except (BlockingIOError, InterruptedError):
             return
         except OSError:
@@ -108,6 +112,10 @@ class Peer:
                 self._handle(kind_, body)
                 if self._over:
                     return
+            if not self._welcome:
+                self._greeting_nbytes -= count
+                if not self._greeting_nbytes:
+                    raise WireError("the first frame is no HELLO")
         except WireError as error:
             _log.warning("a client process was disconnected: %s", error)
             self.close(InvalidRequestError(f"the server did not understand this process: {error}"))
@@ -153,7 +161,6 @@ class Peer:
             raise WireError(f"protocol {hello.protocol}, this server speaks {wire.PROTOCOL}")
         self._welcome = True
         self._timer.cancel()
-        self._reader.max_body = wire.MAX_BODY
 
     def _ask(self, head: RequestHead, body: bytearray) -> None:
         source = self._sources.get(head.source)

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import pytest
+import torch
 from helpers import InThread, until
+from tensordict import TensorDict
 
-from aioinfer import InferenceClient, InferenceServer, InferenceTransport, SyncInferenceClient
+from aioinfer import (
+    InferenceClient,
+    InferenceServer,
+    InferenceTransport,
+    ServerClosedError,
+    SyncInferenceClient,
+)
 from aioinfer.testing import settle
 
 try:
@@ -52,6 +60,22 @@ class Link:
         """Wait until ``rows`` rows have arrived at the server and wait there."""
         await until(lambda: self.server.stats().queue_depth >= rows, f"{rows} rows waiting")
 
+    async def accepted(self) -> None:
+        """Wait until the server has accepted what its clients have sent; here it did at once."""
+
+    async def refusing(self) -> None:
+        """Wait until the server, which is being closed, accepts nothing more."""
+        client = self.client()
+
+        def refused() -> bool:
+            try:
+                client.submit(TensorDict({"observation": torch.zeros(3)})).cancel()
+            except ServerClosedError:
+                return True
+            return False
+
+        await until(refused, "a refusal")
+
     async def told(self) -> None:
         """Wait until the server has heard what its clients have said so far."""
         await settle()
@@ -76,6 +100,18 @@ class Hooks:
         """Run ``server`` where servers of this link usually run, and close it in the end."""
         async with server:
             yield self.link(server)
+
+    def check_cause(
+        self,
+        error: BaseException,
+        kind: type[BaseException],
+        one_of: Sequence[BaseException] | None = None,
+    ) -> None:
+        """Check that ``error`` shows what the policy raised: a ``kind``, of these objects."""
+        cause = error.__cause__
+        assert type(cause) is kind
+        assert cause.__traceback__ is not None
+        assert one_of is None or any(cause is raised for raised in one_of)
 
     @contextlib.asynccontextmanager
     async def serve(self, policy: Any, **options: Any) -> AsyncIterator[Link]:

@@ -10,7 +10,6 @@ from concurrent.futures import CancelledError
 import pytest
 from helpers import InThread, action, all_well, outcomes, row, rows, seen, until, within
 
-from aioinfer import InferenceClient, ServerClosedError
 from aioinfer.testing import ManualClock, RecordingModel, settle
 
 from .hooks import Hooks, Link
@@ -90,7 +89,7 @@ class Leaving(Hooks):
                 closing = asyncio.create_task(link.server.aclose())
                 await link.told()
                 if link.server.is_alive:  # closing on another loop: let it begin
-                    await until(lambda: refused(client))
+                    await link.refusing()
             await all_well(first, *neighbours, closing)
             assert [action(future.result()) for future in neighbours] == [4, 6]
             assert model.batch_sizes == [1, 3]
@@ -360,15 +359,6 @@ class Leaving(Hooks):
             await settle()
         await first
         return refs
-
-
-def refused(client: InferenceClient) -> bool:
-    """Whether a new request is refused because the server is closing."""
-    try:
-        client.submit(row(-1)).cancel()
-    except ServerClosedError:
-        return True
-    return False
 
 
 class _Forgetful:

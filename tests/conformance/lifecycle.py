@@ -153,20 +153,27 @@ class Lifecycle(Hooks):
         with pytest.raises(ZeroDivisionError):
             async with self.serve(doubling()) as link:
                 future = link.client().submit(row(1))
+                await link.accepted()
                 raise ZeroDivisionError
         assert action(await within(future)) == 2
         assert not link.server.is_alive
 
     async def _until_refused(self, client: Any) -> list[asyncio.Future[Any]]:
         """Ask until the server says that it is closing; return what it still accepted."""
+        asked: list[asyncio.Future[Any]] = []
         accepted: list[asyncio.Future[Any]] = []
 
         def refused() -> bool:
-            if accepted and accepted[-1].done() and accepted[-1].exception() is not None:
-                return isinstance(accepted.pop().exception(), ServerClosedError)
+            for number, future in enumerate(asked):
+                if future.done() and isinstance(future.exception(), ServerClosedError):
+                    accepted[:] = asked[:number]  # whatever came after it is refused, too
+                    for later in asked[number:]:
+                        later.add_done_callback(lambda refused: refused.exception())
+                    return True
             try:
-                accepted.append(client.submit(row(-1)))
+                asked.append(client.submit(row(-1)))
             except ServerClosedError:
+                accepted[:] = asked
                 return True
             return False
 

@@ -318,7 +318,7 @@ class Policies(Hooks):
             good, raising, losing = await outcomes(client(row(1)), client(row(-1)), client(row(7)))
             assert action(good) == 2
             assert type(raising) is ModelError
-            assert type(raising.__cause__) is ZeroDivisionError
+            self.check_cause(raising, ZeroDivisionError)
             assert type(losing) is ModelError
             assert "collate_fn" in str(losing)
             assert action(await within(client(row(2)))) == 4

@@ -157,6 +157,7 @@ class Queueing(Hooks):
                 client.submit(rows(range(9))),
             )
             future: Future = await InThread(sync_client.submit, rows(range(9)), block=False)
+            await link.accepted()
         nine = [2 * value for value in range(9)]
         assert [action(reply) for reply in replies] == [nine, 2, nine, nine]
         assert action(await within(asyncio.wrap_future(future))) == nine
