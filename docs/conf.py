@@ -39,7 +39,7 @@ napoleon_use_ivar = True
 # other projects stay unlinked: these are their names, qualified or as the code imports them.
 nitpicky = True
 nitpick_ignore_regex = [
-    (r"py:.*", r"(_asyncio|abc|asyncio|collections|concurrent|enum)\..+"),
+    (r"py:.*", r"(_asyncio|abc|asyncio|collections|concurrent|enum|multiprocessing)\..+"),
     (r"py:.*", r"(random|threading|typing|types)\..+"),
     (r"py:.*", r"(tensordict|torch|torchrl|gymnasium)\..+"),
     (r"py:.*", r"(Any|Callable|Mapping|NestedKey|Self|Sequence|T|TracebackType)"),
