@@ -7,6 +7,7 @@ on the way to its answer.
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import contextlib
 import itertools
@@ -49,7 +50,7 @@ class _Asked(NamedTuple):
     slot: Slot | None
 
 
-class Channel:
+class Channel(abc.ABC):
     """What both kinds of connection share: requests to frames, frames to answers.
 
     Args:
@@ -271,13 +272,13 @@ class Channel:
         assert self.gone is not None
         return type(self.gone)(*self.gone.args)
 
+    @abc.abstractmethod
     def _put(self, data: bytes, descriptor: int | None = None) -> None:
         """Send a frame; whoever cannot learns it from :attr:`gone`."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _end(self) -> None:
         """Close the socket."""
-        raise NotImplementedError
 
 
 class Outbox:
