@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 _JOIN_S = 5.0
 """Seconds that a process has to end, once it has nothing left to do."""
+_ANSWER_S = 1.0
+"""Seconds beyond its own timeout that the child has to say that it has closed."""
 
 
 class ProcessInferenceServer:
@@ -147,16 +149,20 @@ class ProcessInferenceServer:
         """Load weights between two batches; the awaitable :meth:`load_state_dict`."""
         return await anyio.to_thread.run_sync(self.load_state_dict, state_dict)
 
-    def _ask(self, what: str, *args: Any) -> Any:
+    def _ask(self, what: str, *args: Any, within: float | None = None) -> Any:
+        """The child's answer; :class:`TimeoutError` if there is none ``within`` seconds."""
         with self._lock:
             control = self._control
             if control is None:
                 raise ServerClosedError("this server is not running; start it first")
             try:
                 _send(control, (what, args))
-                worked, answer = pickle.loads(control.recv_bytes())
+                message = control.recv_bytes() if control.poll(within) else None
             except (EOFError, OSError) as error:
                 raise self._died() from error
+        if message is None:
+            raise TimeoutError(f"the server's process did not answer within {within} s")
+        worked, answer = pickle.loads(message)
         if not worked:
             raise _rebuilt(answer)
         return answer
@@ -221,10 +227,14 @@ class ProcessInferenceServer:
         if timeout is not None:
             timeout = arguments.duration("timeout", timeout)
         with self._lock:
-            if self._control is not None:
-                with contextlib.suppress(ServerDiedError):
-                    self._ask("close", timeout, drain)
-            self._forget()
+            try:
+                if self._control is not None:
+                    # A child that is stopped, or stuck in a forward, does not even answer.
+                    within = None if timeout is None else timeout + _ANSWER_S
+                    with contextlib.suppress(ServerDiedError, TimeoutError):
+                        self._ask("close", timeout, drain, within=within)
+            finally:
+                self._forget()
 
     def _forget(self) -> None:
         """End the process, if it has not ended, and let go of it."""

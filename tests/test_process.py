@@ -180,6 +180,17 @@ class TestDeath:
         async with server:
             assert action(await within(client(row(4)))) == 8
 
+    def test_shutdown_of_a_stopped_process(self) -> None:
+        """A child that does not react any more is killed after the timeout."""
+        server = served().start()
+        pid = server.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        server.shutdown(timeout=0.0)
+        assert not _runs(pid)
+        with server:  # and another one can be started
+            assert action(server.sync_client()(row(1))) == 2
+
     def test_interrupted(self) -> None:
         """Ctrl-C in the terminal is for the parent; the child goes on until that ends it."""
         with served() as server:
