@@ -12,7 +12,6 @@ from typing import Any, Literal, Self, TypeVar
 
 import anyio.to_thread
 import torch
-from tensordict import TensorDictBase
 
 import aioinfer.arguments as arguments
 from aioinfer.batching import DEFAULT_STATIC_TIMEOUT_S, DEFAULT_TIMEOUT_S, Batcher
@@ -21,16 +20,16 @@ from aioinfer.client import InferenceClient, SyncInferenceClient
 from aioinfer.clock import Clock, MonotonicClock
 from aioinfer.collation import CollateFn, Collator
 from aioinfer.errors import InvalidRequestError
-from aioinfer.executor import Executor, ForwardPass, ThreadExecutor
+from aioinfer.executor import Executor, ThreadExecutor
+from aioinfer.forward import ForwardPass
 from aioinfer.sampling import sampling_modules
 from aioinfer.serving import Serving
 from aioinfer.signature import Signature
 from aioinfer.stats import ServerStats, StatsRecorder
 from aioinfer.transports.base import InferenceTransport
+from aioinfer.weights.slots import Policy, Slots
 
 T = TypeVar("T")
-
-Policy = Callable[[Any], TensorDictBase]
 
 
 class InferenceServer:
@@ -141,11 +140,10 @@ class InferenceServer:
         )
         if collate_fn is not None and not callable(collate_fn):
             raise TypeError(f"collate_fn must be callable or None, got {collate_fn!r}")
-        self._model = model
         self._clock: Clock = MonotonicClock() if clock is None else clock
         if isinstance(policy_version, bool) or not isinstance(policy_version, int):
             raise TypeError(f"policy_version must be an int, got {policy_version!r}")
-        self._version = policy_version
+        self._slots = Slots(model, policy_version)
         self._in_keys = None if collate_fn is not None else getattr(model, "in_keys", None)
         on = arguments.device("device", device)
         if on is not None and isinstance(model, torch.nn.Module):
@@ -158,9 +156,7 @@ class InferenceServer:
             version_key=arguments.key("policy_version_key", policy_version_key),
             return_inputs=arguments.flag("return_inputs", return_inputs),
         )
-        self._forward = ForwardPass(
-            model, collator, lambda: self._version, self._clock, self._sizes
-        )
+        self._forward = ForwardPass(self._slots, collator, self._clock, self._sizes)
         self._executor: Executor = ThreadExecutor() if executor is None else executor
         self._recorder = StatsRecorder(self._clock())
         self._serving: Serving | None = None
@@ -187,12 +183,12 @@ class InferenceServer:
     @property
     def model(self) -> Policy:
         """The policy. Change it through :meth:`update_model` only."""
-        return self._model
+        return self._slots.current.model
 
     @property
     def policy_version(self) -> int:
         """The version that serves now."""
-        return self._version
+        return self._slots.current.version
 
     def update_model(self, update_fn: Callable[[Any], T], *, mark_weight_update: bool = True) -> T:
         """Change the policy between two batches, and wait until that is done.
@@ -222,11 +218,8 @@ class InferenceServer:
 
     def _update(self, update_fn: Callable[[Any], T], mark: bool) -> Callable[[], T]:
         def update() -> T:
-            with torch.enable_grad():
-                result = update_fn(self._model)
-            if mark:
-                self._version += 1
-                self._recorder.weight_updates += 1
+            result = self._slots.update(update_fn, mark=mark)
+            self._recorder.weight_updates += mark
             return result
 
         return update
@@ -249,7 +242,7 @@ class InferenceServer:
         return self._recorder.snapshot(
             self._clock(),
             queue_depth=0 if serving is None else serving.queue_depth,
-            policy_version=self._version,
+            policy_version=self.policy_version,
             reset=reset,
         )
 
@@ -418,7 +411,7 @@ class InferenceServer:
                     f"the request has no {in_key!r}, which is one of the policy's in_keys "
                     f"{list(self._in_keys or ())!r}; it has: {signature}"
                 )
-        if signature.mode is not None and not sampling_modules(self._model):
+        if signature.mode is not None and not sampling_modules(self.model):
             raise InvalidRequestError(
                 f"interaction_type={signature.mode.value!r} was given, but the policy has no "
                 "ProbabilisticTensorDictModule that could sample accordingly"

@@ -13,6 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from aioinfer.batch import Batch, Outcome
 from aioinfer.batching import Batcher, Dispatch, Wait
 from aioinfer.clock import Clock, TimerHandle
 from aioinfer.errors import (
@@ -21,7 +22,7 @@ from aioinfer.errors import (
     ServerClosedError,
     ServerDiedError,
 )
-from aioinfer.executor import Batch, Executor, Outcome
+from aioinfer.executor import Executor
 from aioinfer.intake import Intake, Notice, loop_closed
 from aioinfer.request import GivenUp, ReplyPort, Request, State
 from aioinfer.signature import Signature

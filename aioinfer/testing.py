@@ -50,8 +50,8 @@ from typing import Any, Self
 
 from tensordict import TensorDict, TensorDictBase
 
+from aioinfer.batch import Batch
 from aioinfer.clock import TimerHandle
-from aioinfer.executor import Batch
 
 __all__ = ["ManualClock", "PuppetExecutor", "RecordingModel", "settle"]
 

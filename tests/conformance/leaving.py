@@ -225,6 +225,7 @@ class Leaving(Hooks):
                 await model.entered()
                 with pytest.raises(TimeoutError, match="0.5"):
                     await late
+                await link.told()
             assert action(await within(link.client()(row(2)))) == 4
             await until(lambda: link.server.stats().timed_out == 1)
 

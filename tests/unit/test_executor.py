@@ -19,14 +19,17 @@ from tensordict.nn import (
 )
 from tensordict.nn.probabilistic import interaction_type
 
+from aioinfer.batch import Batch
 from aioinfer.batching import Reason
 from aioinfer.collation import Collator
 from aioinfer.errors import ModelError
-from aioinfer.executor import Batch, ForwardPass, ThreadExecutor
+from aioinfer.executor import ThreadExecutor
+from aioinfer.forward import ForwardPass
 from aioinfer.request import Request, Source
 from aioinfer.sampling import sampling_modules
 from aioinfer.signature import describe
 from aioinfer.testing import ManualClock, RecordingModel
+from aioinfer.weights.slots import Slots
 
 PATIENCE_S = 30.0
 
@@ -48,7 +51,7 @@ def batch_of(*values: float) -> Batch:
 def forward_pass(
     model: Callable[[Any], Any],
     *,
-    version: Callable[[], int] = lambda: 0,
+    slots: Slots | None = None,
     clock: ManualClock | None = None,
     **options: Any,
 ) -> ForwardPass:
@@ -61,7 +64,8 @@ def forward_pass(
         "return_inputs": False,
     }
     collator = Collator(**{**defaults, **options})
-    return ForwardPass(model, collator, version, ManualClock() if clock is None else clock)
+    slots = Slots(model, 0) if slots is None else slots
+    return ForwardPass(slots, collator, ManualClock() if clock is None else clock)
 
 
 def run(forward: ForwardPass, batch: Batch) -> list[Any]:
@@ -117,10 +121,12 @@ class TestForwardPass:
         assert (batch.forward_s, batch.answered_at) == (0.25, 100.25)
 
     def test_the_version_is_that_of_the_forward(self) -> None:
-        """The stamp is read when the batch is computed."""
-        versions = iter([3, 4])
-        forward = forward_pass(act, version=lambda: next(versions), version_key="v")
-        assert [run(forward, batch_of(1))[0]["v"].item() for _ in range(2)] == [3, 4]
+        """The stamp is the version of the slot that computed the batch."""
+        slots = Slots(act, 3)
+        forward = forward_pass(act, slots=slots, version_key="v")
+        before = run(forward, batch_of(1))[0]["v"].item()
+        slots.update(lambda model: None, mark=True)
+        assert (before, run(forward, batch_of(1))[0]["v"].item()) == (3, 4)
 
 
 class TestIsolation:

@@ -1,0 +1,99 @@
+"""One forward pass: collate, call the policy, split; and find the culprit when that fails."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from aioinfer.batch import Batch, Outcome
+from aioinfer.batching import fitting_size
+from aioinfer.clock import Clock
+from aioinfer.collation import Collator
+from aioinfer.errors import ModelError
+from aioinfer.request import Request
+from aioinfer.sampling import sampling
+from aioinfer.signature import Signature
+from aioinfer.weights.slots import Slots
+
+_AS_IS = contextlib.nullcontext()
+
+
+class ForwardPass:
+    """Collate, forward, split; and the search for the culprit when that fails.
+
+    Args:
+        slots: the policy, in the version that is to serve the next batch.
+        collator: builds batches and takes answers apart.
+        clock: measures the forward.
+        sizes: the sizes a forward may have, ascending; ``None`` for any.
+    """
+
+    def __init__(
+        self,
+        slots: Slots,
+        collator: Collator,
+        clock: Clock,
+        sizes: Sequence[int] | None = None,
+    ) -> None:
+        self._sizes = sizes
+        self._slots = slots
+        self._collator = collator
+        self._clock = clock
+        self._answered: dict[Signature, None] = {}
+
+    def __call__(self, batch: Batch) -> None:
+        """Set the outcomes and times of ``batch``. Never raises."""
+        batch.outcomes = self._outcomes(batch, batch.requests, batch.rows)
+        batch.answered_at = self._clock()
+        for request in batch.requests:
+            request.data = None  # a caller may keep its future, and with it the request
+
+    def _outcomes(self, batch: Batch, requests: list[Request], rows: int) -> list[Outcome]:
+        try:
+            results = self._forward(batch, requests, rows)
+        except BaseException as error:  # a policy may raise SystemExit; this thread must live
+            if len(requests) == 1:
+                batch.failed = True
+                return [(requests[0], self._model_error(requests[0], error))]
+        else:
+            return list(zip(requests, results, strict=True))
+        # One bad request must not fail the others: halve until it is alone.
+        middle = len(requests) // 2
+        return [
+            outcome
+            for half in (requests[:middle], requests[middle:])
+            for outcome in self._outcomes(batch, half, sum(r.rows for r in half))
+        ]
+
+    def _forward(self, batch: Batch, requests: list[Request], rows: int) -> Sequence[Any]:
+        size = fitting_size(self._sizes, rows)
+        signature: Signature = requests[0].signature  # type: ignore[assignment]
+        slot = self._slots.current
+        mode = _AS_IS if signature.mode is None else sampling(slot.model, signature.mode)
+        with torch.no_grad(), mode:
+            inputs = self._collator.collate(requests, rows, size)
+            started = self._clock()
+            answer = slot.call(inputs)
+            batch.forward_s += self._clock() - started
+            results = self._collator.split(answer, requests, rows, size, slot.version)
+        if signature not in self._answered:
+            self._remember(signature)
+        return results
+
+    def _remember(self, signature: Signature) -> None:
+        if len(self._answered) >= 8:
+            self._answered.pop(next(iter(self._answered)))
+        self._answered[signature] = None
+
+    def _model_error(self, request: Request, error: BaseException) -> ModelError:
+        message = f"the policy failed on this request ({request.signature})"
+        message += f": {error}" if isinstance(error, ModelError) else f": {error!r}"
+        if self._answered and request.signature not in self._answered:
+            answered = "; ".join(str(signature) for signature in self._answered)
+            message += f". Requests it has answered looked like: {answered}"
+        wrapped = ModelError(message)
+        wrapped.__cause__ = error.__cause__ if isinstance(error, ModelError) else error
+        return wrapped
