@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from tensordict import TensorDict, TensorDictBase, is_tensor_collection
 
+from aioinfer.buffers import Buffers
 from aioinfer.errors import ModelError
 from aioinfer.request import Request
 from aioinfer.signature import Signature
@@ -55,6 +56,7 @@ class Collator:
         self._plain_out_keys = all(isinstance(key, str) for key in self._out_keys or ())
         self._version_key = version_key
         self._return_inputs = return_inputs
+        self._buffers = Buffers()
 
     # -- requests to a batch ------------------------------------------------
 
@@ -67,20 +69,36 @@ class Collator:
             ModelError: the ``collate_fn`` made something else than ``size`` rows.
         """
         signature: Signature = requests[0].signature  # type: ignore[assignment]
-        padding = size - rows
         if signature.plain and self._collate_fn is None:
             batch: TensorDictBase = new_tensordict(
-                _concatenate(requests, signature, padding), torch.Size([size])
+                self._concatenate(requests, signature, rows, size), torch.Size([size])
             )
         else:
             singles = [row for request in requests for row in _rows_of(request)]
-            singles += singles[-1:] * padding
+            singles += singles[-1:] * (size - rows)
             if self._collate_fn is None:
                 batch = torch.stack(singles)
             else:
                 batch = self._collate_fn(singles)
                 _check_rows(batch, size, "collate_fn")
         return batch if self._device is None else batch.to(self._device)
+
+    def _concatenate(
+        self, requests: Sequence[Request], signature: Signature, rows: int, size: int
+    ) -> dict[str, torch.Tensor]:
+        batch = {}
+        padding = size - rows
+        bare = not any([request.batched for request in requests])
+        for i, key in enumerate(signature.keys):
+            shape, dtype, device = signature.leaves[i]  # type: ignore[misc]  # plain: not None
+            out = self._buffers.take((size, *shape), dtype) if device.type == "cpu" else None
+            if bare:
+                leaves = [request.data[i] for request in requests]
+                batch[key] = torch.stack(leaves + leaves[-1:] * padding, out=out)
+            else:
+                leaves = [r.data[i] if r.batched else r.data[i].unsqueeze(0) for r in requests]
+                batch[key] = torch.cat(leaves + [leaves[-1][-1:]] * padding, out=out)
+        return batch
 
     # -- the answer to results ----------------------------------------------
 
@@ -157,21 +175,6 @@ class Collator:
             results.append(piece.clone())
             start += request.rows
         return results
-
-
-def _concatenate(
-    requests: Sequence[Request], signature: Signature, padding: int
-) -> dict[str, torch.Tensor]:
-    batch = {}
-    bare = not any([request.batched for request in requests])
-    for i, key in enumerate(signature.keys):
-        if bare:
-            leaves = [request.data[i] for request in requests]
-            batch[key] = torch.stack(leaves + leaves[-1:] * padding)
-        else:
-            leaves = [r.data[i] if r.batched else r.data[i].unsqueeze(0) for r in requests]
-            batch[key] = torch.cat(leaves + [leaves[-1][-1:]] * padding)
-    return batch
 
 
 def _split_columns(

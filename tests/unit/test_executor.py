@@ -21,6 +21,7 @@ from tensordict.nn.probabilistic import interaction_type
 
 from aioinfer.batch import Batch
 from aioinfer.batching import Reason
+from aioinfer.buffers import MIN_NBYTES
 from aioinfer.collation import Collator
 from aioinfer.errors import ModelError
 from aioinfer.executor import ThreadExecutor
@@ -127,6 +128,24 @@ class TestForwardPass:
         before = run(forward, batch_of(1))[0]["v"].item()
         slots.update(lambda model: None, mark=True)
         assert (before, run(forward, batch_of(1))[0]["v"].item()) == (3, 4)
+
+    def test_a_policy_may_keep_its_batches(self) -> None:
+        """Large batches share memory only with those that nobody holds any more."""
+        kept: list[torch.Tensor] = []
+
+        def keeping(td: TensorDictBase) -> TensorDictBase:
+            kept.append(td["observation"][:, 0])  # frame stacking, say
+            return act(td)
+
+        forward = forward_pass(keeping)
+        large = TensorDict({"observation": torch.zeros(MIN_NBYTES)})
+        for value in range(5):
+            td = large.apply(lambda x, value=value: x + value)
+            data, rows, batched, signature = describe(td, None)
+            request = Request(data, rows, batched, signature, None, 0, Source(), None)
+            answer = run(forward, make_batch(request))[0]
+            assert answer["action"][-1].item() == 2 * value
+        assert [column.item() for column in kept] == [0, 1, 2, 3, 4]
 
 
 class TestIsolation:
