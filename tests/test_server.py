@@ -528,10 +528,11 @@ def test_a_program_that_forgets_shutdown_ends():
     process = _process("""
         server = InferenceServer(double).start()
         client = server.sync_client()
+        asked = row(1)  # a daemon thread that is inside of torch takes the program down with it
 
         def actor():
             while True:
-                client(row(1))
+                client(asked)
 
         threading.excepthook = lambda *_: None  # actors are told that the server is closed
         for _ in range(3):
