@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from aioinfer.batching import Reason
+from aioinfer.collation import Columns
 from aioinfer.request import Request
 
 Outcome = tuple[Request, Any]
@@ -20,9 +21,24 @@ class Batch:
     rows: int
     reason: Reason
     dispatched_at: float
-    outcomes: list[Outcome] = dataclasses.field(default_factory=list)
+    columns: Columns | None = None
+    """The answers, where they are plain; outcomes are then made of them on demand."""
     failed: bool = False
     """Whether any outcome is an exception."""
     forward_s: float = 0.0
     """Seconds in the policy."""
     answered_at: float = 0.0
+    _outcomes: list[Outcome] | None = dataclasses.field(default=None, repr=False)
+
+    @property
+    def outcomes(self) -> list[Outcome]:
+        """What became of every request."""
+        if self._outcomes is None:
+            columns = self.columns
+            results = [] if columns is None else columns.results()
+            self._outcomes = list(zip(self.requests if results else [], results, strict=True))
+        return self._outcomes
+
+    @outcomes.setter
+    def outcomes(self, outcomes: list[Outcome]) -> None:
+        self._outcomes = outcomes

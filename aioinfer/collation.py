@@ -2,21 +2,24 @@
 
 Plain requests (one level of tensors, see :mod:`aioinfer.signature`) are handled leaf by
 leaf: one ``stack`` and one ``unbind`` per leaf whatever the number of requests. Building a
-TensorDict per row first would cost ten times that. Everything else (nested, tensorclass,
-lazy stack, non-tensor data, a ``collate_fn``) goes through TensorDict's own operations.
+TensorDict per row first would cost ten times that. Where requests come from another process,
+not even a tensor per row is made: their bytes are joined, and the answers stay whole columns.
+Everything else (nested, tensorclass, lazy stack, non-tensor data, a ``collate_fn``) goes
+through TensorDict's own operations.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from tensordict import TensorDict, TensorDictBase, is_tensor_collection
 
 from aioinfer.buffers import Buffers
 from aioinfer.errors import ModelError
-from aioinfer.request import Request
+from aioinfer.request import ReplyPort, Request
 from aioinfer.signature import Signature
 
 CollateFn = Callable[[list[TensorDictBase]], TensorDictBase]
@@ -25,6 +28,67 @@ _ROW = torch.Size([])
 
 # TensorDict's own constructor checks what is known to hold here, at four times the cost.
 new_tensordict: Callable[..., TensorDict] = getattr(TensorDict, "_new_unsafe", TensorDict)
+
+
+class Columns:
+    """The answers to a batch, or to some of its requests, as one tensor per name.
+
+    Args:
+        by_name: the tensors; their first dimension is the rows of the whole batch.
+        requests: who is answered.
+        starts: for each of them, its first row.
+        bare: whether they are bare rows, one after the other, and all there are.
+    """
+
+    __slots__ = ("bare", "by_name", "requests", "starts")
+
+    def __init__(
+        self,
+        by_name: dict[str, torch.Tensor],
+        requests: Sequence[Request],
+        starts: Sequence[int],
+        bare: bool,
+    ) -> None:
+        self.by_name = by_name
+        self.requests = requests
+        self.starts = starts
+        self.bare = bare
+
+    @classmethod
+    def of(cls, by_name: dict[str, torch.Tensor], requests: Sequence[Request], rows: int) -> Self:
+        """The answers to all requests of a batch."""
+        if rows == len(requests) and not any([request.batched for request in requests]):
+            return cls(by_name, requests, range(rows), True)
+        starts = [0, *itertools.accumulate([request.rows for request in requests])]
+        return cls(by_name, requests, starts[:-1], False)
+
+    def of_port(self, port: ReplyPort) -> Columns:
+        """Those that go through ``port``."""
+        pairs = zip(self.requests, self.starts, strict=True)
+        mine = [(request, start) for request, start in pairs if request.port is port]
+        return Columns(self.by_name, [r for r, _ in mine], [start for _, start in mine], False)
+
+    def results(self) -> list[TensorDictBase]:
+        """One TensorDict per request."""
+        names = tuple(self.by_name)
+        if self.bare:
+            pieces = [column.unbind(0) for column in self.by_name.values()]
+            if len(names) == 2:  # an action and the version: a literal is twice as fast as a zip
+                one, two = names
+                return [
+                    new_tensordict({one: x, two: y}, _ROW) for x, y in zip(*pieces, strict=True)
+                ]
+            return [
+                new_tensordict(dict(zip(names, row, strict=True)), _ROW)
+                for row in zip(*pieces, strict=True)
+            ]
+        results: list[TensorDictBase] = []
+        for request, start in zip(self.requests, self.starts, strict=True):
+            where: Any = slice(start, start + request.rows) if request.batched else start
+            size = torch.Size([request.rows]) if request.batched else _ROW
+            leaves = {name: column[where] for name, column in self.by_name.items()}
+            results.append(new_tensordict(leaves, size))
+        return results
 
 
 class Collator:
@@ -86,17 +150,29 @@ class Collator:
     def _concatenate(
         self, requests: Sequence[Request], signature: Signature, rows: int, size: int
     ) -> dict[str, torch.Tensor]:
-        batch = {}
         padding = size - rows
         bare = not any([request.batched for request in requests])
+        encoding = requests[0].encoding
+        if encoding is not None and all([request.encoding is encoding for request in requests]):
+            if bare:
+                data = [request.data for request in requests]
+                joined = encoding.join(data + data[-1:] * padding if padding else data)
+            else:
+                joined = encoding.join_rows([(r.data, r.rows) for r in requests], padding)
+            return dict(zip(signature.keys, joined, strict=True))
+        batch = {}
+        data = [leaves_of(request) for request in requests]
         for i, key in enumerate(signature.keys):
             shape, dtype, device = signature.leaves[i]  # type: ignore[misc]  # plain: not None
             out = self._buffers.take((size, *shape), dtype) if device.type == "cpu" else None
+            leaves = [of_one[i] for of_one in data]
             if bare:
-                leaves = [request.data[i] for request in requests]
                 batch[key] = torch.stack(leaves + leaves[-1:] * padding, out=out)
             else:
-                leaves = [r.data[i] if r.batched else r.data[i].unsqueeze(0) for r in requests]
+                leaves = [
+                    leaf if request.batched else leaf.unsqueeze(0)
+                    for request, leaf in zip(requests, leaves, strict=True)
+                ]
                 batch[key] = torch.cat(leaves + [leaves[-1][-1:]] * padding, out=out)
         return batch
 
@@ -104,8 +180,12 @@ class Collator:
 
     def split(
         self, answer: Any, requests: Sequence[Request], rows: int, size: int, version: int
-    ) -> list[TensorDictBase]:
+    ) -> Columns | list[TensorDictBase]:
         """Take the policy's answer apart, in the order of the requests; drop padded rows.
+
+        Returns:
+            One result per request or, where a request has simply its rows of plain tensors,
+            the columns that hold them.
 
         Raises:
             ModelError: the answer is not a TensorDict of ``size`` rows with all out_keys.
@@ -119,7 +199,10 @@ class Collator:
                 columns = {key: column[:rows] for key, column in columns.items()}
             if self._version_key is not None:
                 columns[self._version_key] = torch.full((rows,), version)
-            results = _split_columns(columns, requests, rows)
+            answers = Columns.of(columns, requests, rows)
+            if not self._return_inputs:
+                return answers
+            results = answers.results()
         if self._return_inputs:
             results = [_with_inputs(r, result) for r, result in zip(requests, results, strict=True)]
         return results
@@ -177,29 +260,13 @@ class Collator:
         return results
 
 
-def _split_columns(
-    columns: dict[str, torch.Tensor], requests: Sequence[Request], rows: int
-) -> list[TensorDictBase]:
-    names = tuple(columns)
-    if rows == len(requests) and not any([request.batched for request in requests]):
-        pieces = [column.unbind(0) for column in columns.values()]
-        if len(names) == 2:  # an action and the version: a literal is twice as fast as a zip
-            one, two = names
-            return [new_tensordict({one: x, two: y}, _ROW) for x, y in zip(*pieces, strict=True)]
-        return [
-            new_tensordict(dict(zip(names, row, strict=True)), _ROW)
-            for row in zip(*pieces, strict=True)
-        ]
-    results: list[TensorDictBase] = []
-    start = 0
-    for request in requests:
-        where: Any = slice(start, start + request.rows) if request.batched else start
-        size = torch.Size([request.rows]) if request.batched else _ROW
-        results.append(
-            new_tensordict({name: column[where] for name, column in columns.items()}, size)
-        )
-        start += request.rows
-    return results
+def leaves_of(request: Request) -> tuple[torch.Tensor, ...]:
+    """The leaves of a plain request, in the order of its signature's keys."""
+    encoding = request.encoding
+    if encoding is None:
+        leaves: tuple[torch.Tensor, ...] = request.data
+        return leaves
+    return encoding.leaves(request.data, request.rows, request.batched)
 
 
 def tensordict_of(request: Request) -> TensorDictBase:
@@ -208,7 +275,7 @@ def tensordict_of(request: Request) -> TensorDictBase:
     if not signature.plain:
         return request.data
     size = torch.Size([request.rows]) if request.batched else _ROW
-    return new_tensordict(dict(zip(signature.keys, request.data, strict=True)), size)
+    return new_tensordict(dict(zip(signature.keys, leaves_of(request), strict=True)), size)
 
 
 def _rows_of(request: Request) -> list[TensorDictBase]:

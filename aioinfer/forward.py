@@ -11,7 +11,7 @@ import torch
 from aioinfer.batch import Batch, Outcome
 from aioinfer.batching import fitting_size
 from aioinfer.clock import Clock
-from aioinfer.collation import Collator
+from aioinfer.collation import Collator, Columns
 from aioinfer.errors import ModelError
 from aioinfer.request import Request
 from aioinfer.sampling import sampling
@@ -46,29 +46,37 @@ class ForwardPass:
 
     def __call__(self, batch: Batch) -> None:
         """Set the outcomes and times of ``batch``. Never raises."""
-        batch.outcomes = self._outcomes(batch, batch.requests, batch.rows)
+        answers = self._answers(batch, batch.requests, batch.rows)
+        if isinstance(answers, Columns):
+            batch.columns = answers
+        else:
+            batch.outcomes = answers
         batch.answered_at = self._clock()
         for request in batch.requests:
             request.data = None  # a caller may keep its future, and with it the request
 
-    def _outcomes(self, batch: Batch, requests: list[Request], rows: int) -> list[Outcome]:
+    def _answers(self, batch: Batch, requests: list[Request], rows: int) -> Columns | list[Outcome]:
         try:
-            results = self._forward(batch, requests, rows)
+            answers = self._forward(batch, requests, rows)
         except BaseException as error:  # a policy may raise SystemExit; this thread must live
             if len(requests) == 1:
                 batch.failed = True
                 return [(requests[0], self._model_error(requests[0], error))]
         else:
-            return list(zip(requests, results, strict=True))
+            if isinstance(answers, Columns):
+                return answers
+            return list(zip(requests, answers, strict=True))
         # One bad request must not fail the others: halve until it is alone.
         middle = len(requests) // 2
-        return [
-            outcome
-            for half in (requests[:middle], requests[middle:])
-            for outcome in self._outcomes(batch, half, sum(r.rows for r in half))
-        ]
+        outcomes: list[Outcome] = []
+        for half in (requests[:middle], requests[middle:]):
+            answers = self._answers(batch, half, sum(r.rows for r in half))
+            if isinstance(answers, Columns):
+                answers = list(zip(half, answers.results(), strict=True))
+            outcomes += answers
+        return outcomes
 
-    def _forward(self, batch: Batch, requests: list[Request], rows: int) -> Sequence[Any]:
+    def _forward(self, batch: Batch, requests: list[Request], rows: int) -> Columns | list[Any]:
         size = fitting_size(self._sizes, rows)
         signature: Signature = requests[0].signature  # type: ignore[assignment]
         slot = self._slots.current
@@ -78,10 +86,10 @@ class ForwardPass:
             started = self._clock()
             answer = slot.call(inputs)
             batch.forward_s += self._clock() - started
-            results = self._collator.split(answer, requests, rows, size, slot.version)
+            answers = self._collator.split(answer, requests, rows, size, slot.version)
         if signature not in self._answered:
             self._remember(signature)
-        return results
+        return answers
 
     def _remember(self, signature: Signature) -> None:
         if len(self._answered) >= 8:

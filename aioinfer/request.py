@@ -10,6 +10,9 @@ from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    import torch
+
+    from aioinfer.collation import Columns
     from aioinfer.estimates import Cohort
 
 
@@ -54,6 +57,8 @@ class ReplyPort(Protocol):
 
     on_loop: bool
     """True: :meth:`deliver` must run on the server's loop. False: any thread may call it."""
+    takes_columns: bool
+    """Whether it has :meth:`ColumnPort.deliver_columns`, too."""
 
     def deliver(self, outcomes: Sequence[tuple[Request, Any]]) -> None:
         """Answer every request with its result or, if it is one, its exception.
@@ -62,11 +67,35 @@ class ReplyPort(Protocol):
         """
 
 
+class ColumnPort(ReplyPort, Protocol):
+    """A port that has no use for a TensorDict per request."""
+
+    def deliver_columns(self, columns: Columns) -> None:
+        """Answer every request of ``columns`` with its rows; otherwise as :meth:`deliver`."""
+
+
+class Encoding(Protocol):
+    """How the leaves of requests lie in their data, where those are not tensors yet.
+
+    Encodings that are alike are one object.
+    """
+
+    def join(self, data: Sequence[Any]) -> Sequence[torch.Tensor]:
+        """The leaves of a batch, from the data of bare rows."""
+
+    def join_rows(self, data: Sequence[tuple[Any, int]], padding: int) -> Sequence[torch.Tensor]:
+        """The same, from data and their numbers of rows; the last row comes so often more."""
+
+    def leaves(self, data: Any, rows: int, batched: bool) -> tuple[torch.Tensor, ...]:
+        """The leaves of one request."""
+
+
 class Request:
     """One request: what it asks, until when, and how to answer it.
 
     Attributes:
         data: the tuple of leaf tensors where ``signature.plain``, else the TensorDict.
+        encoding: if set, ``data`` is what came from elsewhere, and this reads the leaves.
         rows: how many rows it holds, at least 1.
         batched: whether it came with a batch dimension (``[K]``) or as a bare row (``[]``).
         signature: hashable; requests share a batch only if their signatures are equal.
@@ -94,6 +123,7 @@ class Request:
     parts: list[Request] | None = None
     whole: Request | None = None
     number = 0
+    encoding: Encoding | None = None
 
     def __init__(
         self,

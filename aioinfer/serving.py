@@ -12,10 +12,12 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import cast
 
 from aioinfer.batch import Batch, Outcome
 from aioinfer.batching import Batcher, Dispatch, Wait
 from aioinfer.clock import Clock, TimerHandle
+from aioinfer.collation import Columns
 from aioinfer.errors import (
     InferenceError,
     InvalidRequestError,
@@ -24,7 +26,7 @@ from aioinfer.errors import (
 )
 from aioinfer.executor import Executor
 from aioinfer.intake import Intake, Notice, loop_closed
-from aioinfer.request import GivenUp, ReplyPort, Request, State
+from aioinfer.request import ColumnPort, GivenUp, ReplyPort, Request, State
 from aioinfer.signature import Signature
 from aioinfer.splitting import split
 from aioinfer.stats import BatchTimes, StatsRecorder
@@ -297,7 +299,7 @@ class Serving:
         with self._lock:
             if self._over:
                 return
-            deliveries = _by_port(batch.outcomes)
+            deliveries = _by_port(batch)
             self._finished.append((batch, [d for d in deliveries if d[0].on_loop]))
         # Counted before anybody is answered, who might then look.
         times = BatchTimes(
@@ -307,9 +309,9 @@ class Serving:
             batch.answered_at,
         )
         self._recorder.batch(batch.rows, batch.reason, times)
-        for port, outcomes in deliveries:
+        for port, answers in deliveries:
             if not port.on_loop:
-                _deliver(port, outcomes)
+                _deliver(port, answers)
         try:
             self.loop.call_soon_threadsafe(self._pump)
         except RuntimeError:  # closed under a running server
@@ -318,8 +320,8 @@ class Serving:
     def _hand_out(self) -> None:
         """Answer those who wait on this loop."""
         while self._done:
-            for port, outcomes in self._done.popleft():
-                _deliver(port, outcomes)
+            for port, answers in self._done.popleft():
+                _deliver(port, answers)
 
     def _withdraw(self, request: Request) -> None:
         """The caller no longer wants an answer."""
@@ -369,28 +371,39 @@ class Serving:
         return True
 
 
-_Delivery = tuple[ReplyPort, Sequence[Outcome]]
+_Delivery = tuple[ReplyPort, Columns | Sequence[Outcome]]
 
 
-def _by_port(outcomes: list[Outcome]) -> list[_Delivery]:
-    """Group the outcomes by where they go, keeping their order."""
-    first = outcomes[0][0].port
-    for request, _ in outcomes:
+def _by_port(batch: Batch) -> list[_Delivery]:
+    """Group the answers by where they go, keeping their order."""
+    requests, columns = batch.requests, batch.columns
+    first = requests[0].port
+    for request in requests:
         if request.port is not first:
             break
     else:
-        return [(first, outcomes)]
-    groups: dict[ReplyPort, list[Outcome]] = {}
-    for outcome in outcomes:
-        groups.setdefault(outcome[0].port, []).append(outcome)
-    return list(groups.items())
+        return [(first, columns if columns and first.takes_columns else batch.outcomes)]
+    ports = {request.port for request in requests}
+    whole = {port for port in ports if columns is not None and port.takes_columns}
+    deliveries: list[_Delivery] = [(port, columns.of_port(port)) for port in whole if columns]
+    if len(whole) < len(ports):
+        groups: dict[ReplyPort, list[Outcome]] = {}
+        for outcome in batch.outcomes:
+            port = outcome[0].port
+            if port not in whole:
+                groups.setdefault(port, []).append(outcome)
+        deliveries += groups.items()
+    return deliveries
 
 
-def _deliver(port: ReplyPort, outcomes: Sequence[Outcome]) -> None:
+def _deliver(port: ReplyPort, answers: Columns | Sequence[Outcome]) -> None:
     try:
-        port.deliver(outcomes)
+        if isinstance(answers, Columns):
+            cast("ColumnPort", port).deliver_columns(answers)
+        else:
+            port.deliver(answers)
     except Exception:  # a broken link must not take the others with it
-        _log.exception("%r could not deliver %d answers", port, len(outcomes))
+        _log.exception("%r could not deliver its answers", port)
 
 
 def _closing() -> InferenceError:

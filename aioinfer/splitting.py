@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 
+from aioinfer.collation import leaves_of
 from aioinfer.errors import ModelError
 from aioinfer.request import Request, Source, State
 from aioinfer.signature import Signature
@@ -22,9 +23,10 @@ def split(request: Request, max_rows: int) -> list[Request]:
     signature: Signature = request.signature  # type: ignore[assignment]
     port = _JoiningPort(request)
     parts: list[Request] = []
+    leaves = leaves_of(request) if signature.plain else ()
     for start in range(0, request.rows, max_rows):
         rows = slice(start, min(start + max_rows, request.rows))
-        data = tuple(leaf[rows] for leaf in request.data) if signature.plain else request.data[rows]
+        data = tuple(leaf[rows] for leaf in leaves) if signature.plain else request.data[rows]
         part = Request(
             data,
             rows.stop - rows.start,
@@ -43,12 +45,15 @@ def split(request: Request, max_rows: int) -> list[Request]:
         parts.append(part)
     request.parts = parts
     request.data = None
+    request.encoding = None
     request.state = State.QUEUED
     return parts
 
 
 class _JoiningPort:
     """Collects the answers to the parts and answers the whole, once."""
+
+    takes_columns = False
 
     def __init__(self, whole: Request) -> None:
         self.on_loop = whole.port.on_loop

@@ -18,7 +18,7 @@ import socket
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import InvalidStateError
 from typing import Any, NamedTuple
 
@@ -30,8 +30,10 @@ from aioinfer.signature import Signature
 from aioinfer.transports import wire
 from aioinfer.transports.address import Address
 from aioinfer.transports.payload import (
+    Layout,
     LayoutReceiver,
     LayoutSender,
+    NotDenseError,
     Packed,
     decode_layout,
     pack_described,
@@ -41,6 +43,7 @@ from aioinfer.transports.slots import Slots
 from aioinfer.transports.wire import FrameReader, Kind, Slot, WireError
 
 _clock = MonotonicClock()
+_REMEMBERED = 256
 
 
 class _Asked(NamedTuple):
@@ -78,6 +81,8 @@ class Channel(abc.ABC):
         self._sources: dict[Source, int] = {}
         self._source_ids = itertools.count()
         self._layouts = LayoutSender()
+        # How plain requests begin, and their layout.
+        self._known: dict[tuple[Signature, Source], tuple[bytes, Layout]] = {}
         self._their_layouts = LayoutReceiver()
         self._slots = Slots()
         self._reply_nbytes: dict[Any, int] = {}  # per row, where replies are large
@@ -93,38 +98,25 @@ class Channel(abc.ABC):
             ServerDiedError: the server went away.
         """
         signature: Signature = request.signature  # type: ignore[assignment]
-        packed = pack_described(request.data, request.rows, request.batched, signature)
         frames: list[bytes] = []
-        source = self._sources.get(request.source)
-        if source is None:
-            source = self._sources[request.source] = next(self._source_ids)
-            frames.append(wire.encode(wire.Join(source)))
-        layout_id, news = self._layouts.id_of(packed.layout)
-        if news is not None:
-            frames.append(news)
-        slot, in_slot = self._place(packed, self._reply_nbytes.get(signature, 0) * request.rows)
+        slot = None
+        looks = b""
+        buffers: Sequence[Any] | None = None
+        if block and not request.special:
+            known = self._known.get((signature, request.source))
+            if known is not None:
+                looks, layout = known
+                try:
+                    buffers = layout.buffers(request.data)
+                except NotDenseError:
+                    pass
+        if buffers is None:
+            looks, buffers, slot = self._look_at(request, signature, block, frames)
         request_id = request.number = next(self._ids)
         request.submitted_at = _clock()
         if request.timeout is not None:
             request.deadline = request.submitted_at + request.timeout
-        frames.append(
-            wire.encode_request(
-                request_id,
-                source,
-                layout_id,
-                packed,
-                request.rows,
-                request.batched,
-                submitted_at=request.submitted_at,
-                timeout=request.timeout,
-                priority=request.priority,
-                mode=signature.mode,
-                block=block,
-                slot=slot,
-                in_slot=in_slot,
-                reply_in_slot=slot is not None,
-            )
-        )
+        frames.append(wire.complete_request(looks, request_id, request.submitted_at, buffers))
         request.data = None
         request.port = self  # type: ignore[assignment]
         self._asked[request_id] = _Asked(request, slot)
@@ -132,6 +124,45 @@ class Channel(abc.ABC):
         if self.gone is not None:
             self._asked.pop(request_id, None)
             raise self._gone()
+
+    def _look_at(
+        self, request: Request, signature: Signature, block: bool, frames: list[bytes]
+    ) -> tuple[bytes, Sequence[Any], Slot | None]:
+        """Work out how a request travels, and remember it where the next goes the same way.
+
+        Returns:
+            The beginning of its frame, what follows of its payload, and its slot. What must be
+            sent before is appended to ``frames``.
+        """
+        packed = pack_described(request.data, request.rows, request.batched, signature)
+        source = self._sources.get(request.source)
+        if source is None:
+            source = self._sources[request.source] = next(self._source_ids)
+            frames.append(wire.encode(wire.Join(source)))
+        layout_id, news = self._layouts.id_of(packed.layout)
+        if news is not None:
+            frames.append(news)
+            self._known.clear()  # an id may have another meaning now
+        slot, in_slot = self._place(packed, self._reply_nbytes.get(signature, 0) * request.rows)
+        looks = wire.encode_looks(
+            source,
+            layout_id,
+            packed.nbytes,
+            request.rows,
+            request.batched,
+            timeout=request.timeout,
+            priority=request.priority,
+            mode=signature.mode,
+            block=block,
+            slot=slot,
+            in_slot=in_slot,
+            reply_in_slot=slot is not None,
+        )
+        if packed.layout is not None and slot is None and block and not request.special:
+            if len(self._known) > _REMEMBERED:
+                self._known.clear()
+            self._known[signature, request.source] = looks, packed.layout
+        return looks, () if in_slot else packed.buffers, slot
 
     def give_up(self, request: Request, why: GivenUp) -> None:
         """The caller of a request no longer wants its answer. Never raises."""
@@ -143,6 +174,7 @@ class Channel(abc.ABC):
     def leave(self, source: Source) -> None:
         """A client is gone; the last one takes the connection with it."""
         number = self._sources.pop(source, None)
+        self._known.clear()
         if number is None or self.gone is not None:
             return
         if self._sources or self._asked:
@@ -229,8 +261,9 @@ class Channel(abc.ABC):
                 body, start = bytearray(view[:nbytes]), 0
         elif len(body) > self._inline_nbytes:
             # The next request like this one offers a slot to its reply.
-            if len(self._reply_nbytes) > 256:
+            if len(self._reply_nbytes) > _REMEMBERED:
                 self._reply_nbytes.clear()
+            self._known.clear()
             self._reply_nbytes[asked.request.signature] = len(body) // asked.request.rows + 1
         if layout is None:
             try:
@@ -290,7 +323,7 @@ class Outbox:
         """Bytes that wait for room."""
         self._socket = connection
 
-    def put(self, data: bytes, descriptor: int | None = None) -> bool:
+    def put(self, data: bytes | memoryview, descriptor: int | None = None) -> bool:
         """Send, and return whether all of it went.
 
         Raises:

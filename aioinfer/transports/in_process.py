@@ -19,6 +19,8 @@ from aioinfer.waiting import answer_threads
 class _LoopPort:
     """Resolves asyncio futures; one callback on their loop per batch, whatever its size."""
 
+    takes_columns = False
+
     def __init__(self, loop: asyncio.AbstractEventLoop, *, on_loop: bool) -> None:
         self.on_loop = on_loop
         self._loop = weakref.ref(loop)
@@ -49,6 +51,7 @@ class _ThreadPort:
     """Resolves what threads block on, straight from the executor thread."""
 
     on_loop = False
+    takes_columns = False
 
     def deliver(self, outcomes: Sequence[tuple[Request, Any]]) -> None:
         answer_threads(outcomes)

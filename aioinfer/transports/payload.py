@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 import math
+import operator
 import pickle
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +31,16 @@ from tensordict import MemoryMappedTensor, TensorDict
 from aioinfer.collation import new_tensordict
 from aioinfer.errors import InvalidRequestError
 from aioinfer.signature import Signature
-from aioinfer.transports.wire import Buffer, Cursor, Kind, WireError, frame
+from aioinfer.transports.wire import (
+    REPLY_ID_AT,
+    REPLY_LAYOUT_AT,
+    Buffer,
+    Cursor,
+    Kind,
+    WireError,
+    encode_reply_head,
+    frame,
+)
 
 Key = str | tuple[str, ...]
 Field = tuple[Key, torch.Size, torch.dtype]
@@ -89,7 +100,7 @@ _BY_DTYPE = {known.torch: known for known in _BY_NUMBER.values()}
 _RAW = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, MemoryMappedTensor})
 
 
-class _NotDenseError(Exception):
+class NotDenseError(Exception):
     """A leaf has no plain bytes: sparse or the like."""
 
 
@@ -99,20 +110,26 @@ class Layout:
     Layouts that are alike are one object, as far back as the cache remembers.
     """
 
-    __slots__ = ("_flat", "_leaves", "_one", "_pads", "fields", "keys", "row_nbytes")
+    __slots__ = (
+        *("_bodies", "_flat", "_one", "_pads"),
+        *("fields", "keys", "row_nbytes", "row_sizes", "strided"),
+    )
 
     def __init__(self, fields: tuple[Field, ...]) -> None:
         self.fields = fields
         """For each leaf its key, shape without the row dimension, and dtype."""
         self.keys = tuple(field[0] for field in fields)
         self._flat = all(isinstance(key, str) for key in self.keys)
-        # per leaf: what carries it, the shape and the bytes of a row
-        self._leaves = tuple(
+        self.row_sizes = tuple(
             (_BY_DTYPE[dtype], shape, shape.numel() * dtype.itemsize) for _, shape, dtype in fields
         )
+        """For each leaf what carries it, and the shape and the bytes of a row."""
         self._one = self._places(1, False)  # most requests are one bare row
         self._pads = self._pads_of(1)
-        self.row_nbytes = sum(_aligned(nbytes) for *_, nbytes in self._leaves)
+        self.row_nbytes = sum(_aligned(nbytes) for *_, nbytes in self.row_sizes)
+        self.strided = tuple([(*place, _strides(place[0], place[1])) for place in self._one])
+        """For each leaf what carries it, the shape, place and strides of a row."""
+        self._bodies: dict[int, Bodies] = {}
 
     @staticmethod
     @functools.lru_cache(maxsize=_REMEMBERED)
@@ -137,21 +154,34 @@ class Layout:
         """The size of a payload of so many rows."""
         if rows == 1:
             return self.row_nbytes
-        return sum([_aligned(nbytes * rows) for *_, nbytes in self._leaves])
+        return sum([_aligned(nbytes * rows) for *_, nbytes in self.row_sizes])
+
+    def bodies(self, start: int) -> Bodies:
+        """How to read this layout in bodies in which it begins at ``start``."""
+        found = self._bodies.get(start)
+        if found is None:
+            found = self._bodies[start] = Bodies(self, start)
+        return found
 
     def buffers(self, leaves: Iterable[torch.Tensor], rows: int = 1) -> list[Any]:
         """The payload, in pieces to be joined. They are not copies of the leaves."""
         pads = self._pads if rows == 1 else self._pads_of(rows)
         buffers: list[Any] = []
-        for leaf, (known, _, _), pad in zip(leaves, self._leaves, pads, strict=True):
-            try:
-                array = (leaf if known.carrier is None else leaf.view(known.carrier)).numpy()
-            except (RuntimeError, TypeError):  # not on the CPU, requires grad, conj, sparse ...
-                array = _array(leaf, known)
+        for array, pad in zip(self.arrays(leaves), pads, strict=True):
             buffers.append(array if array.flags.c_contiguous else np.ascontiguousarray(array))
             if pad:
                 buffers.append(pad)
         return buffers
+
+    def arrays(self, leaves: Iterable[torch.Tensor]) -> list[np.ndarray[Any, Any]]:
+        """The leaves as NumPy sees what carries them."""
+        arrays = []
+        for leaf, (known, _, _) in zip(leaves, self.row_sizes, strict=True):
+            try:
+                arrays.append((leaf if known.carrier is None else leaf.view(known.carrier)).numpy())
+            except (RuntimeError, TypeError):  # not on the CPU, requires grad, conj, sparse ...
+                arrays.append(_array(leaf, known))
+        return arrays
 
     def read(
         self,
@@ -197,13 +227,14 @@ class Layout:
 
     def _places(self, rows: int, batched: bool) -> tuple[tuple[_Dtype, tuple[int, ...], int], ...]:
         places, at = [], 0
-        for known, shape, nbytes in self._leaves:
-            places.append((known, (rows, *shape) if batched else tuple(shape), at))
+        for known, shape, nbytes in self.row_sizes:
+            whole = (rows, *shape) if batched else tuple(shape)
+            places.append((known, whole, at if nbytes * rows else 0))
             at += _aligned(nbytes * rows)
         return tuple(places)
 
     def _pads_of(self, rows: int) -> tuple[bytes, ...]:
-        return tuple([_PADS[-nbytes * rows % 8] for *_, nbytes in self._leaves])
+        return tuple([_PADS[-nbytes * rows % 8] for *_, nbytes in self.row_sizes])
 
 
 @functools.lru_cache(maxsize=_REMEMBERED)
@@ -354,7 +385,7 @@ class LayoutReceiver:
 def _array(tensor: torch.Tensor, known: _Dtype) -> np.ndarray[Any, Any]:
     """The elements of any dense tensor, as NumPy sees them."""
     if tensor.layout is not torch.strided or tensor.is_nested:
-        raise _NotDenseError
+        raise NotDenseError
     if tensor.device.type == "meta":
         raise InvalidRequestError("a tensor on device 'meta' holds no values to send")
     tensor = tensor.as_subclass(torch.Tensor).detach().cpu().resolve_conj().resolve_neg()
@@ -366,10 +397,59 @@ def _array(tensor: torch.Tensor, known: _Dtype) -> np.ndarray[Any, Any]:
 def _tensor(known: _Dtype, shape: tuple[int, ...], buffer: Any, at: int) -> torch.Tensor:
     """A tensor that lies in the buffer."""
     # By way of NumPy: any shape in one step, and it holds the memory (torch.frombuffer lets go).
-    if 0 in shape:
-        at = 0
-    tensor = torch.from_numpy(np.ndarray(shape, known.numpy, buffer, at))
+    return _of_array(known, np.ndarray(shape, known.numpy, buffer, at))
+
+
+def _of_array(known: _Dtype, array: np.ndarray[Any, Any]) -> torch.Tensor:
+    tensor = torch.from_numpy(array)
     return tensor if known.carrier is None else tensor.view(known.torch)
+
+
+def _strides(known: _Dtype, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides, in bytes, of a dense array."""
+    sizes = itertools.accumulate(reversed(shape[1:]), operator.mul, initial=known.torch.itemsize)
+    return tuple(sizes)[::-1][: len(shape)] if shape else ()
+
+
+class Bodies:
+    """Rows of one layout as they came: bodies in which it begins at ``start``.
+
+    This is an :class:`aioinfer.request.Encoding`. A batch costs a fixed number of tensors.
+    """
+
+    def __init__(self, layout: Layout, start: int) -> None:
+        self._layout = layout
+        self._start = start
+
+    def join(self, data: Sequence[Any]) -> list[torch.Tensor]:
+        layout, rows = self._layout, len(data)
+        size = self._start + layout.row_nbytes
+        joined = bytearray().join(data)
+        found = []
+        for known, shape, at, strides in layout.strided:
+            if 0 in shape:
+                found.append(torch.empty((rows, *shape), dtype=known.torch))
+                continue
+            array: np.ndarray[Any, Any] = np.ndarray(
+                (rows, *shape), known.numpy, joined, self._start + at, (size, *strides)
+            )
+            found.append(_of_array(known, np.ascontiguousarray(array)))
+        return found
+
+    def join_rows(self, data: Sequence[tuple[Any, int]], padding: int) -> list[torch.Tensor]:
+        total = sum([rows for _, rows in data]) + padding
+        left = [(memoryview(body)[self._start :], rows) for body, rows in data]
+        found = []
+        for known, shape, nbytes in self._layout.row_sizes:
+            pieces = [view[: nbytes * rows] for view, rows in left]
+            pieces += [pieces[-1][-nbytes:]] * padding
+            joined = bytearray().join(pieces)
+            found.append(_of_array(known, np.ndarray((total, *shape), known.numpy, joined)))
+            left = [(view[_aligned(nbytes * rows) :], rows) for view, rows in left]
+        return found
+
+    def leaves(self, data: Any, rows: int, batched: bool) -> tuple[torch.Tensor, ...]:
+        return self._layout.read(data, rows, batched, self._start)
 
 
 class Packed:
@@ -393,6 +473,65 @@ class Packed:
                 at += array.nbytes
 
 
+class PackedColumns:
+    """The answers to a batch, made bytes once; what everybody gets is cut from them.
+
+    Args:
+        layout: of the columns.
+        arrays: the columns, as :meth:`Layout.arrays` gives them.
+    """
+
+    def __init__(self, layout: Layout, arrays: list[np.ndarray[Any, Any]]) -> None:
+        self.layout = layout
+        self._arrays = arrays
+
+    @classmethod
+    def of(cls, columns: Mapping[str, torch.Tensor]) -> PackedColumns | None:
+        """Pack columns; ``None`` if their rows must travel as objects."""
+        fields = tuple([(name, leaf.shape, leaf.dtype) for name, leaf in columns.items()])
+        layout = _layout(fields, True)
+        if layout is None:
+            return None
+        try:
+            return cls(layout, layout.arrays(columns.values()))
+        except Exception:  # whoever packs them one by one learns whose fault it is
+            return None
+
+    def replies(self, request_ids: Sequence[int], layout_ids: Sequence[int]) -> list[memoryview]:
+        """The REPLY frames to bare rows, all of them in one table."""
+        count, nbytes = len(request_ids), self.layout.row_nbytes
+        head = encode_reply_head(0, layout_ids[0], nbytes)
+        size = len(head) + nbytes
+        table = bytearray((head + bytes(nbytes)) * count)
+        _column(table, "<u8", (count,), REPLY_ID_AT, (size,))[...] = request_ids
+        if layout_ids.count(layout_ids[0]) < count:
+            _column(table, "<u4", (count,), REPLY_LAYOUT_AT, (size,))[...] = layout_ids
+        for (known, shape, at, strides), array in zip(
+            self.layout.strided, self._arrays, strict=True
+        ):
+            if array.size:
+                place = at + len(head)
+                _column(table, known.numpy, (count, *shape), place, (size, *strides))[...] = array
+        view = memoryview(table)
+        return [view[at : at + size] for at in range(0, count * size, size)]
+
+    def rows(self, start: int, rows: int) -> Packed:
+        """The payload of one request."""
+        buffers: list[Any] = []
+        for array, (_, _, nbytes) in zip(self._arrays, self.layout.row_sizes, strict=True):
+            buffers += (
+                np.ascontiguousarray(array[start : start + rows]),
+                _PADS[-nbytes * rows % 8],
+            )
+        return Packed(self.layout, self.layout.nbytes(rows), buffers)
+
+
+def _column(
+    table: bytearray, dtype: Any, shape: tuple[int, ...], at: int, strides: tuple[int, ...]
+) -> np.ndarray[Any, Any]:
+    return np.ndarray(shape, dtype, table, at, strides)
+
+
 def pack_described(data: Any, rows: int, batched: bool, signature: Signature) -> Packed:
     """What :func:`aioinfer.signature.describe` returned, as a payload.
 
@@ -403,7 +542,7 @@ def pack_described(data: Any, rows: int, batched: bool, signature: Signature) ->
     if layout is not None:
         try:
             return Packed(layout, layout.nbytes(rows), layout.buffers(data, rows))
-        except _NotDenseError:
+        except NotDenseError:
             pass
     if signature.plain:
         size = torch.Size([rows]) if batched else _ROW

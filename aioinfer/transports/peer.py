@@ -11,13 +11,12 @@ import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from tensordict.nn import InteractionType
-
+from aioinfer.collation import Columns
 from aioinfer.errors import InferenceError, InvalidRequestError, ModelError
 from aioinfer.intake import Intake
-from aioinfer.request import GivenUp, Request, Source
+from aioinfer.request import Encoding, GivenUp, Request, Source
 from aioinfer.signature import Signature, describe
 from aioinfer.transports import wire
 from aioinfer.transports.channel import Outbox
@@ -25,12 +24,14 @@ from aioinfer.transports.payload import (
     Layout,
     LayoutReceiver,
     LayoutSender,
+    Packed,
+    PackedColumns,
     decode_layout,
     pack,
     unpack_object,
 )
 from aioinfer.transports.slots import Arenas
-from aioinfer.transports.wire import FrameReader, Kind, RequestHead, WireError
+from aioinfer.transports.wire import FrameReader, Kind, Slot, WireError
 
 _log = logging.getLogger("aioinfer")
 
@@ -40,7 +41,28 @@ MAX_WAITING_NBYTES = 1 << 28
 """Bytes that may wait for a client that does not read, before it is disconnected."""
 _MAX_DESCRIPTORS = 8
 _HELLO_NBYTES = len(wire.encode(wire.Hello(0, 0, bytes(32))))
+_SMALL_NBYTES = 1 << 12
+"""Replies up to this size are sent, even where there is a slot for them."""
+_REMEMBERED = 256
 _ANCILLARY_NBYTES = socket.CMSG_SPACE(_MAX_DESCRIPTORS * 4)
+
+
+class _Looks(NamedTuple):
+    """What a client's requests have in common, once it was checked."""
+
+    nbytes: int
+    """Bytes of the body."""
+    data: Any
+    """The request's data; ``None`` where that is the body itself."""
+    encoding: Encoding | None
+    rows: int
+    batched: bool
+    signature: Signature
+    timeout: float | None
+    priority: int
+    source: Source
+    block: bool
+    reply_slot: Slot | None
 
 
 class Peer:
@@ -52,8 +74,6 @@ class Peer:
         token: what the client must show first.
         closed: called, on the loop, with this object once the connection has ended.
     """
-
-    on_loop = False
 
     def __init__(
         self,
@@ -75,7 +95,7 @@ class Peer:
         self._sources: dict[int, Source] = {}
         self._open: dict[int, Request] = {}
         self._their_layouts = LayoutReceiver()
-        self._signatures: dict[tuple[Layout, InteractionType | None, bool], Signature] = {}
+        self._known: dict[bytes, _Looks] = {}
         self._lock = threading.Lock()  # around everything that is sent
         self._layouts = LayoutSender()
         connection.setblocking(False)
@@ -124,15 +144,16 @@ class Peer:
         if not self._welcome:
             self._greet(kind, body)
         elif kind is Kind.REQUEST:
-            self._ask(wire.decode_request(body), body)
+            self._ask(body)
         elif kind is Kind.LAYOUT:
+            self._known.clear()
             self._their_layouts.define(*decode_layout(body))
         elif kind is Kind.GIVE_UP:
             request_id, why = wire.decode(kind, body)
             request = self._open.pop(request_id, None)
             if request is not None:
                 self._intake.give_up(request, why)
-                self._send(wire.encode(wire.Dropped(request_id)))
+                self.send(wire.encode(wire.Dropped(request_id)))
         elif kind is Kind.JOIN:
             number = wire.decode(kind, body).source
             if number in self._sources:
@@ -140,6 +161,7 @@ class Peer:
             self._sources[number] = source = Source()
             self._intake.join(source)
         elif kind is Kind.LEAVE:
+            self._known.clear()
             left = self._sources.pop(wire.decode(kind, body).source, None)
             if left is not None:
                 self._leave(left)
@@ -162,69 +184,87 @@ class Peer:
         self._welcome = True
         self._timer.cancel()
 
-    def _ask(self, head: RequestHead, body: bytearray) -> None:
+    def _ask(self, body: bytearray) -> None:
+        request_id, submitted_at = wire.decode_number(body)
+        if request_id in self._open:
+            raise WireError(f"request {request_id} was asked twice")
+        try:
+            looks = self._known.get(bytes(body[: wire.LOOKS_NBYTES]))
+            if looks is None or looks.nbytes != len(body):
+                looks = self._look_at(body)
+            request = Request(
+                body if looks.data is None else looks.data,
+                looks.rows,
+                looks.batched,
+                looks.signature,
+                looks.timeout,
+                looks.priority,
+                looks.source,
+                (self, request_id, looks.reply_slot),
+            )
+            request.encoding = looks.encoding
+            request.port = _PORT
+            self._open[request_id] = request
+            self._intake.submit(request, block=looks.block, submitted_at=submitted_at)
+        except (InferenceError, TypeError, ValueError) as error:
+            self._open.pop(request_id, None)
+            self.send(wire.encode_error(request_id, error))
+
+    def _look_at(self, body: bytearray) -> _Looks:
+        """Check all of a request, and remember the outcome where the next may look the same."""
+        head = wire.decode_request(body)
         source = self._sources.get(head.source)
-        if source is None or head.request_id in self._open:
-            raise WireError(f"request {head.request_id} of client {head.source}, not as announced")
+        if source is None:
+            raise WireError(
+                f"request {head.request_id} of client {head.source}, which never joined"
+            )
         layout = self._their_layouts.get(head.layout_id)
-        slot = head.slot
         buffer: Any = body
         start = wire.REQUEST_NBYTES
-        if slot is not None:
-            view = self._arenas.view(slot)
-            if head.in_slot:
-                buffer, start = view, 0
-        try:
-            data, signature = self._understand(head, layout, buffer, start)
-            request = Request(
-                data,
-                head.rows,
-                head.batched,
-                signature,
-                head.timeout,
-                head.priority,
-                source,
-                handle=(head.request_id, slot if head.reply_in_slot else None),
-            )
-            request.port = self
-            self._open[head.request_id] = request
-            self._intake.submit(request, block=head.block, submitted_at=head.submitted_at)
-        except (InferenceError, TypeError, ValueError) as error:
-            self._open.pop(head.request_id, None)
-            self._send(wire.encode_error(head.request_id, error))
-
-    def _understand(
-        self, head: RequestHead, layout: Layout | None, buffer: Any, start: int
-    ) -> tuple[Any, Signature]:
-        """The data of a request, as :func:`describe` would give it, and its signature."""
+        view = None if head.slot is None else self._arenas.view(head.slot)
+        if view is not None and head.in_slot:
+            buffer, start = view, 0
+            if layout is not None:
+                buffer = view[: layout.nbytes(head.rows)]
+        encoding = None
         if layout is None:
             td = unpack_object(buffer, start, exact=not head.in_slot)
-            data, rows, batched, signature = describe(td, head.mode)
-            if rows != head.rows or batched != head.batched:
-                raise WireError(f"an object of {rows} rows was announced with {head.rows}")
-            return data, signature
-        leaves = layout.read(buffer, head.rows, head.batched, start, exact=not head.in_slot)
-        looks = layout, head.mode, head.batched
-        known = self._signatures.get(looks)
-        if known is not None:
-            return leaves, known
-        td = layout.tensordict(leaves, head.rows, head.batched)
-        data, _, _, signature = describe(td, head.mode)
-        if signature.plain and signature.keys == layout.keys:
-            if len(self._signatures) > 256:
-                self._signatures.clear()
-            self._signatures[looks] = signature
-        return data, signature
+        else:
+            leaves = layout.read(buffer, head.rows, head.batched, start)
+            td = layout.tensordict(leaves, head.rows, head.batched)
+        data, rows, batched, signature = describe(td, head.mode)
+        if rows != head.rows or batched != head.batched:
+            raise WireError(f"an object of {rows} rows was announced with {head.rows}")
+        if layout is not None and signature.plain and signature.keys == layout.keys:
+            encoding = layout.bodies(start)
+            data = None if buffer is body else buffer
+        looks = _Looks(
+            len(body),
+            data,
+            encoding,
+            rows,
+            batched,
+            signature,
+            head.timeout,
+            head.priority,
+            source,
+            head.block,
+            head.slot if head.reply_in_slot else None,
+        )
+        if encoding is not None:
+            if len(self._known) > _REMEMBERED:
+                self._known.clear()
+            self._known[bytes(body[: wire.LOOKS_NBYTES])] = looks
+        return looks
 
     # -- answers ------------------------------------------------------------
 
     def deliver(self, outcomes: Sequence[tuple[Request, Any]]) -> None:
-        with self._lock:
-            frames = b"".join([self._encode(request, outcome) for request, outcome in outcomes])
-            self._put(frames)
+        """Send the answers to requests that came from here; on any thread."""
+        self.send(b"".join([self._encode(request, outcome) for request, outcome in outcomes]))
 
     def _encode(self, request: Request, outcome: Any) -> bytes:
-        request_id, slot = request.handle
+        request_id = request.handle[1]
         if self._open.pop(request_id, None) is None:  # its caller has gone
             return b""
         if isinstance(outcome, BaseException):
@@ -235,7 +275,12 @@ class Peer:
             failed = ModelError(f"the policy's answer cannot be sent to another process: {error}")
             failed.__cause__ = error
             return wire.encode_error(request_id, failed)
-        in_slot = slot is not None and packed.nbytes <= slot.capacity
+        return self.reply(request, packed)
+
+    def reply(self, request: Request, packed: Packed) -> bytes:
+        """The frames of a reply, less what is written to the request's slot."""
+        _, request_id, slot = request.handle
+        in_slot = slot is not None and _SMALL_NBYTES < packed.nbytes <= slot.capacity
         if in_slot:
             with self._arenas.view(slot) as view:
                 packed.write(view)
@@ -250,11 +295,23 @@ class Peer:
         )
         return reply if news is None else news + reply
 
-    def _send(self, data: bytes) -> None:
+    def layout_id(self, layout: Layout) -> int:
+        """The id of a layout of replies; the client hears of it before what is sent next."""
+        layout_id, news = self._layouts.id_of(layout)
+        if news is not None:
+            self.send(news)
+        return layout_id
+
+    def take(self, request_id: int) -> bool:
+        """Whether the request is still to be answered, which the caller will do now."""
+        return self._open.pop(request_id, None) is not None
+
+    def send(self, data: bytes | memoryview) -> None:
+        """Send frames, never blocking; on any thread."""
         with self._lock:
             self._put(data)
 
-    def _put(self, data: bytes) -> None:
+    def _put(self, data: bytes | memoryview) -> None:
         """Send, never blocking; the lock is held."""
         if self._over or not data:
             return
@@ -321,3 +378,59 @@ class Peer:
     def forget(self) -> None:
         """Let go of what a forked child has inherited."""
         self.socket.close()
+
+
+class _Port:
+    """Answers a whole batch, however many peers its requests came from."""
+
+    on_loop = False
+    takes_columns = True
+
+    def deliver(self, outcomes: Sequence[tuple[Request, Any]]) -> None:
+        by_peer: dict[Peer, list[tuple[Request, Any]]] = {}
+        for outcome in outcomes:
+            by_peer.setdefault(outcome[0].handle[0], []).append(outcome)
+        for peer, mine in by_peer.items():
+            peer.deliver(mine)
+
+    def deliver_columns(self, columns: Columns) -> None:
+        packed = PackedColumns.of(columns.by_name)
+        if packed is None:
+            self.deliver(list(zip(columns.requests, columns.results(), strict=True)))
+        elif columns.bare and packed.layout.row_nbytes <= _SMALL_NBYTES:
+            _send_bare(columns.requests, packed)
+        else:
+            _send_rows(columns, packed)
+
+
+def _send_bare(requests: Sequence[Request], packed: PackedColumns) -> None:
+    """Answer bare rows from one table of frames."""
+    handles = [request.handle for request in requests]
+    layout_ids = [peer.layout_id(packed.layout) for peer, _, _ in handles]
+    frames = packed.replies([request_id for _, request_id, _ in handles], layout_ids)
+    if len({peer for peer, _, _ in handles}) == len(handles):
+        for (peer, request_id, _), frame in zip(handles, frames, strict=True):
+            if peer.take(request_id):
+                peer.send(frame)
+        return
+    by_peer: dict[Peer, list[memoryview]] = {}
+    for (peer, request_id, _), frame in zip(handles, frames, strict=True):
+        if peer.take(request_id):
+            by_peer.setdefault(peer, []).append(frame)
+    for peer, mine in by_peer.items():
+        peer.send(b"".join(mine))
+
+
+def _send_rows(columns: Columns, packed: PackedColumns) -> None:
+    """Answer any requests, each with its own part of the columns."""
+    by_peer: dict[Peer, list[bytes]] = {}
+    for request, start in zip(columns.requests, columns.starts, strict=True):
+        peer, request_id, _ = request.handle
+        if peer.take(request_id):
+            reply = peer.reply(request, packed.rows(start, request.rows))
+            by_peer.setdefault(peer, []).append(reply)
+    for peer, mine in by_peer.items():
+        peer.send(b"".join(mine))
+
+
+_PORT = _Port()

@@ -10,8 +10,10 @@ not speak our language, and its connection must be closed.
 **Messages.** A body starts with a fixed part, one struct per :class:`Kind`. In REQUEST and REPLY
 the payload follows, unless it lies in a *slot*, a stretch of memory that both processes see.
 Fixed parts are multiples of 8 bytes, so a payload is aligned within its body. ``rows`` is 0
-for one bare row (batch size ``[]``), else the K of ``[K]``. ERROR and CLOSING carry an exception
-as three texts: class, message, and the traceback of its cause.
+for one bare row (batch size ``[]``), else the K of ``[K]``. A REQUEST starts with its *looks*,
+``LOOKS_NBYTES`` that are the same for most requests of a client: what was made of them once
+need not be made again. ERROR and CLOSING carry an exception as three texts: class, message, and
+the traceback of its cause.
 
 What a payload looks like is told in :mod:`aioinfer.transports.payload`.
 """
@@ -99,6 +101,7 @@ class FrameReader:
     def __init__(self, max_body: int = MAX_BODY) -> None:
         self.max_body = max_body
         self._small = bytearray(_RECEIVE_NBYTES)  # used again and again
+        self._whole = memoryview(self._small)
         self._large: bytearray | None = None  # the body of the frame that is coming in
         self._large_head: tuple[Kind, int] = (Kind.HELLO, 0)
         self._filled = 0  # bytes in the one of both that is being filled
@@ -111,8 +114,11 @@ class FrameReader:
         if self.broken is not None:
             raise WireError(*self.broken.args)
         if self._space is None:
-            with memoryview(self._small if self._large is None else self._large) as whole:
-                self._space = whole[self._filled :]
+            if self._large is None:
+                self._space = self._whole[self._filled :] if self._filled else self._whole
+            else:
+                with memoryview(self._large) as whole:
+                    self._space = whole[self._filled :]
         return self._space
 
     def received(self, count: int) -> list[tuple[Kind, bytearray]]:
@@ -120,11 +126,15 @@ class FrameReader:
         room = len(self.space())
         if not 0 <= count <= room:
             raise ValueError(f"count must be between 0 and {room}, got {count}")
+        if self._large is None:
+            self._space = None
+            self._filled += count
+            return self._cut_small()
         if self._space is not None:
             self._space.release()  # a bytearray cannot grow while someone looks at it
         self._space = None
         self._filled += count
-        return self._cut_small() if self._large is None else self._grow_large(self._large)
+        return self._grow_large(self._large)
 
     def _cut_small(self) -> list[tuple[Kind, bytearray]]:
         frames: list[tuple[Kind, bytearray]] = []
@@ -151,7 +161,8 @@ class FrameReader:
             else:
                 break
         if start:
-            small[: end - start] = small[start:end]
+            if start < end:
+                small[: end - start] = small[start:end]
             self._filled = end - start
         return frames
 
@@ -305,15 +316,18 @@ class ReplyHead(NamedTuple):
     in_slot: bool
 
 
-# id, source, layout id, rows, priority, timeout, submitted at, mode, flags, slot
-_REQUEST_FIELDS = "QIIIiddBB2xIQQ"
+# source, layout id, rows, priority, timeout, mode, flags, slot
+_LOOKS = struct.Struct("<IIIidBB2xIQQ")
+_LOOKS_FRAME = struct.Struct("<IIIIIidBB2xIQQ")
+_NUMBER = struct.Struct("<Qd")  # id, submitted at
 _REPLY_FIELDS = "QIIB7x"  # id, layout id, rows, flags
-_REQUEST = struct.Struct("<" + _REQUEST_FIELDS)
 _REPLY = struct.Struct("<" + _REPLY_FIELDS)
-_REQUEST_FRAME = struct.Struct("<II" + _REQUEST_FIELDS)
 _REPLY_FRAME = struct.Struct("<II" + _REPLY_FIELDS)
-REQUEST_NBYTES = _REQUEST.size
+LOOKS_NBYTES = _LOOKS.size
+REQUEST_NBYTES = _LOOKS.size + _NUMBER.size
 REPLY_NBYTES = _REPLY.size
+REPLY_FRAME_NBYTES = _REPLY_FRAME.size
+REPLY_ID_AT, REPLY_LAYOUT_AT = 8, 16  # in the frame
 
 _BLOCK, _IN_SLOT, _REPLY_IN_SLOT = 1, 2, 4
 _NO_SLOT = Slot(0, 0, 0)
@@ -325,6 +339,43 @@ _MODES = (
 _MODE_NUMBERS = {mode: number for number, mode in enumerate(_MODES)}
 
 
+def encode_looks(
+    source: int,
+    layout_id: int,
+    nbytes: int,
+    rows: int = 1,
+    batched: bool = False,
+    *,
+    timeout: float | None = None,
+    priority: int = 0,
+    mode: InteractionType | None = None,
+    block: bool = True,
+    slot: Slot | None = None,
+    in_slot: bool = False,
+    reply_in_slot: bool = False,
+) -> bytes:
+    """The beginning of a REQUEST with a payload of ``nbytes``; the same for all that look alike."""
+    return _LOOKS_FRAME.pack(
+        REQUEST_NBYTES if in_slot else REQUEST_NBYTES + nbytes,
+        Kind.REQUEST,
+        source,
+        layout_id,
+        rows if batched else 0,
+        priority,
+        _NO_TIMEOUT if timeout is None else timeout,
+        _MODE_NUMBERS[mode],
+        block * _BLOCK | in_slot * _IN_SLOT | reply_in_slot * _REPLY_IN_SLOT,
+        *(_NO_SLOT if slot is None else slot),
+    )
+
+
+def complete_request(
+    looks: bytes, request_id: int, submitted_at: float, buffers: Sequence[Any] = ()
+) -> bytes:
+    """A REQUEST, from how it begins on; its payload is left out if it lies in a slot."""
+    return b"".join((looks, _NUMBER.pack(request_id, submitted_at), *buffers))
+
+
 def encode_request(
     request_id: int,
     source: int,
@@ -334,51 +385,36 @@ def encode_request(
     batched: bool = False,
     *,
     submitted_at: float,
-    timeout: float | None = None,
-    priority: int = 0,
-    mode: InteractionType | None = None,
-    block: bool = True,
-    slot: Slot | None = None,
     in_slot: bool = False,
-    reply_in_slot: bool = False,
+    **options: Any,
 ) -> bytes:
-    """A REQUEST; with ``in_slot`` the payload was written there and is left out here."""
-    return b"".join(
-        (
-            _REQUEST_FRAME.pack(
-                REQUEST_NBYTES if in_slot else REQUEST_NBYTES + payload.nbytes,
-                Kind.REQUEST,
-                request_id,
-                source,
-                layout_id,
-                rows if batched else 0,
-                priority,
-                _NO_TIMEOUT if timeout is None else timeout,
-                submitted_at,
-                _MODE_NUMBERS[mode],
-                block * _BLOCK | in_slot * _IN_SLOT | reply_in_slot * _REPLY_IN_SLOT,
-                *(_NO_SLOT if slot is None else slot),
-            ),
-            *(() if in_slot else payload.buffers),
-        )
+    """A REQUEST that nobody will repeat; the options are those of :func:`encode_looks`."""
+    looks = encode_looks(
+        source, layout_id, payload.nbytes, rows, batched, in_slot=in_slot, **options
     )
+    return complete_request(looks, request_id, submitted_at, () if in_slot else payload.buffers)
+
+
+def decode_number(body: Buffer) -> tuple[int, float]:
+    """The id of a REQUEST, and when it was submitted."""
+    request_id, at = _NUMBER.unpack_from(body, LOOKS_NBYTES)
+    if at - at != 0.0:  # infinite, or not a number
+        raise WireError(f"REQUEST submitted at {at}")
+    return request_id, at
 
 
 def decode_request(body: Buffer) -> RequestHead:
     """All of a REQUEST but its payload."""
     if len(body) < REQUEST_NBYTES:
         raise WireError(f"REQUEST has {len(body)} bytes, it must have {REQUEST_NBYTES} or more")
-    (request_id, source, layout_id, rows, priority, timeout, at, mode, flags, *place) = (
-        _REQUEST.unpack_from(body)
-    )
+    source, layout_id, rows, priority, timeout, mode, flags, *place = _LOOKS.unpack_from(body)
+    request_id, at = decode_number(body)
     if mode >= len(_MODES) or flags > 7:
         raise WireError(f"REQUEST with sampling mode {mode} and flags {flags:#x}")
     if timeout != timeout:
         timeout = None
     elif not 0 <= timeout <= MAX_SECONDS:
         raise WireError(f"REQUEST with timeout {timeout}, allowed are 0 to {MAX_SECONDS:.0f}")
-    if not math.isfinite(at):
-        raise WireError(f"REQUEST submitted at {at}")
     slot = None
     if flags & (_IN_SLOT | _REPLY_IN_SLOT):
         slot = Slot._make(place)
@@ -403,6 +439,26 @@ def decode_request(body: Buffer) -> RequestHead:
     )
 
 
+def encode_reply_head(
+    request_id: int,
+    layout_id: int,
+    nbytes: int,
+    rows: int = 1,
+    batched: bool = False,
+    *,
+    in_slot: bool = False,
+) -> bytes:
+    """A REPLY with a payload of ``nbytes``, which follows unless it lies in the slot."""
+    return _REPLY_FRAME.pack(
+        REPLY_NBYTES if in_slot else REPLY_NBYTES + nbytes,
+        Kind.REPLY,
+        request_id,
+        layout_id,
+        rows if batched else 0,
+        in_slot,
+    )
+
+
 def encode_reply(
     request_id: int,
     layout_id: int,
@@ -413,19 +469,8 @@ def encode_reply(
     in_slot: bool = False,
 ) -> bytes:
     """A REPLY; with ``in_slot`` the payload was written there and is left out here."""
-    return b"".join(
-        (
-            _REPLY_FRAME.pack(
-                REPLY_NBYTES if in_slot else REPLY_NBYTES + payload.nbytes,
-                Kind.REPLY,
-                request_id,
-                layout_id,
-                rows if batched else 0,
-                in_slot,
-            ),
-            *(() if in_slot else payload.buffers),
-        )
-    )
+    head = encode_reply_head(request_id, layout_id, payload.nbytes, rows, batched, in_slot=in_slot)
+    return head if in_slot else b"".join((head, *payload.buffers))
 
 
 def decode_reply(body: Buffer) -> ReplyHead:

@@ -9,7 +9,7 @@ import torch
 from tensordict import NonTensorData, TensorDict, TensorDictBase, lazy_stack, tensorclass
 
 from aioinfer import collation
-from aioinfer.collation import Collator, tensordict_of
+from aioinfer.collation import Collator, Columns, tensordict_of
 from aioinfer.errors import ModelError
 from aioinfer.request import Request, Source
 from aioinfer.signature import describe
@@ -198,7 +198,8 @@ def split_answer(
     **options: Any,
 ) -> list[TensorDictBase]:
     size = count if size is None else size
-    return collator(**options).split(answer, requests, count, size, version)
+    answers = collator(**options).split(answer, requests, count, size, version)
+    return answers.results() if isinstance(answers, Columns) else answers
 
 
 def actions(*values: float, **more: Any) -> TensorDict:

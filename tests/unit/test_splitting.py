@@ -20,6 +20,8 @@ from aioinfer.splitting import split
 class Port:
     """A reply port that remembers its answers."""
 
+    takes_columns = False
+
     def __init__(self, *, on_loop: bool = True) -> None:
         self.on_loop = on_loop
         self.answers: list[tuple[Request, Any]] = []

@@ -489,11 +489,11 @@ class TestMessages:
     @pytest.mark.parametrize(
         ("at", "value"),
         [
-            (40, b"\x06"),
-            (41, b"\x08"),
-            (24, np.float64(-1).tobytes()),
-            (24, np.float64("inf").tobytes()),
-            (32, np.float64("nan").tobytes()),
+            (24, b"\x06"),
+            (25, b"\x08"),
+            (16, np.float64(-1).tobytes()),
+            (16, np.float64("inf").tobytes()),
+            (56, np.float64("nan").tobytes()),
         ],
         ids=["mode", "flags", "negative timeout", "endless timeout", "no time"],
     )
