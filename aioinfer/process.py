@@ -358,8 +358,11 @@ async def _answer(server: InferenceServer, control: Connection) -> None:
     closing = False
     while not closing:
         await anyio.wait_readable(control.fileno())
+        # Waiting may have made the pipe non-blocking, and of large weights only the beginning is
+        # here: a thread waits for the rest.
+        os.set_blocking(control.fileno(), True)
         try:
-            what, args = pickle.loads(control.recv_bytes())
+            what, args = pickle.loads(await anyio.to_thread.run_sync(control.recv_bytes))
         except EOFError:
             return
         closing = what == "close"

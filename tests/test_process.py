@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import os
+import pickle
 import signal
 from multiprocessing import resource_tracker
 from typing import Any
@@ -34,6 +35,12 @@ pytestmark = [pytest.mark.timeout(60)]
 def scaling(factor: float = 2.0) -> TensorDictModule:
     layer = nn.Linear(3, 3, bias=False).requires_grad_(False)
     layer.weight.copy_(factor * torch.eye(3))
+    return TensorDictModule(layer, in_keys=["observation"], out_keys=["action"])
+
+
+def large() -> TensorDictModule:
+    """A policy of 4 MB."""
+    layer = nn.Linear(1000, 1000)
     return TensorDictModule(layer, in_keys=["observation"], out_keys=["action"])
 
 
@@ -149,6 +156,26 @@ class TestWeights:
             answer = client(row(1))
             assert action(answer) == 5
             assert answer["policy_version"] == server.policy_version == 1
+
+    def test_large(self) -> None:
+        """Weights larger than the pipe's buffer arrive whole."""
+        with served(large) as server:
+            for version in range(1, 4):
+                assert server.load_state_dict(large().state_dict()) == version
+
+    def test_half_arrived(self) -> None:
+        """Weights of which half has arrived do not hold up the batches."""
+        with served() as server:
+            assert server._control is not None
+            message = pickle.dumps(("load_state_dict", (scaling(5.0).state_dict(),)))
+            pipe = server._control.fileno()
+            os.write(pipe, len(message).to_bytes(4, "big") + message[:100])
+            client = server.sync_client()
+            for _ in range(3):
+                assert action(client(row(1))) == 2
+            os.write(pipe, message[100:])
+            assert pickle.loads(server._control.recv_bytes()) == (True, 1)
+            assert action(client(row(1))) == 5
 
     def test_refused(self) -> None:
         """Weights that do not fit are refused, and the old ones stay."""
