@@ -201,6 +201,7 @@ class ProcessInferenceServer:
             process.start()
             theirs.close()
             self._process, self._control = process, ours
+            answered = False
             try:
                 if not ours.poll(self._start_timeout):
                     raise ServerDiedError(
@@ -208,11 +209,14 @@ class ProcessInferenceServer:
                         f"{self._start_timeout} s"
                     )
                 worked, answer = pickle.loads(ours.recv_bytes())
+                answered = True
                 if not worked:
                     raise _rebuilt(answer)
             except BaseException as error:
                 died = isinstance(error, EOFError | OSError)
                 failure = self._died() if died else error
+                if not died and not answered:  # too late, or Ctrl-C: it has nothing to finish
+                    process.kill()
                 self._forget()
                 raise failure from (error if died else error.__cause__)
         return self
@@ -266,7 +270,15 @@ class ProcessInferenceServer:
         self.shutdown()
 
     async def __aenter__(self) -> Self:
-        return await anyio.to_thread.run_sync(self.start)
+        try:
+            return await anyio.to_thread.run_sync(self.start, abandon_on_cancel=True)
+        except anyio.get_cancelled_exc_class():
+            process = self._process
+            if process is not None:
+                process.kill()  # so that start() ends at once
+            with anyio.CancelScope(shield=True):
+                await self.aclose()
+            raise
 
     async def __aexit__(
         self,

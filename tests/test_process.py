@@ -135,6 +135,19 @@ class TestWrong:
             server.start()
         assert not server.is_alive
 
+    async def test_cancelled_while_it_starts(self) -> None:
+        """A start that is cancelled ends at once, and leaves no process."""
+        server = served(stuck)
+        starting = asyncio.ensure_future(server.__aenter__())
+        await asyncio.to_thread(wait_until, lambda: server.pid is not None, "the process")
+        pid = server.pid
+        assert pid is not None
+        starting.cancel()
+        (outcome,) = await outcomes(starting)
+        assert isinstance(outcome, asyncio.CancelledError)
+        assert not server.is_alive
+        assert not _runs(pid)
+
     def test_a_forward_that_ends_the_process(self) -> None:
         """The caller is told that the server died, the owner with what exit code."""
         with served(deadly) as server:
