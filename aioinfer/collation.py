@@ -21,13 +21,11 @@ from aioinfer.buffers import Buffers
 from aioinfer.errors import ModelError
 from aioinfer.request import ReplyPort, Request
 from aioinfer.signature import Signature
+from aioinfer.tensordicts import new_tensordict
 
 CollateFn = Callable[[list[TensorDictBase]], TensorDictBase]
 
 _ROW = torch.Size([])
-
-# TensorDict's own constructor checks what is known to hold here, at four times the cost.
-new_tensordict: Callable[..., TensorDict] = getattr(TensorDict, "_new_unsafe", TensorDict)
 
 
 class Columns:

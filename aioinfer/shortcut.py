@@ -16,7 +16,7 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule
 
-from aioinfer.collation import new_tensordict
+from aioinfer.tensordicts import new_tensordict
 
 
 def shortcut(model: Callable[[Any], Any]) -> Callable[[Any], Any]:

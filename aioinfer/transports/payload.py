@@ -28,9 +28,9 @@ import numpy as np
 import torch
 from tensordict import MemoryMappedTensor, TensorDict
 
-from aioinfer.collation import new_tensordict
 from aioinfer.errors import InvalidRequestError
 from aioinfer.signature import Signature
+from aioinfer.tensordicts import new_tensordict
 from aioinfer.transports.wire import (
     REPLY_ID_AT,
     REPLY_LAYOUT_AT,
