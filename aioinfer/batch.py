@@ -34,9 +34,9 @@ class Batch:
     def outcomes(self) -> list[Outcome]:
         """What became of every request."""
         if self._outcomes is None:
-            columns = self.columns
-            results = [] if columns is None else columns.results()
-            self._outcomes = list(zip(self.requests if results else [], results, strict=True))
+            if self.columns is None:
+                return []
+            self._outcomes = list(zip(self.requests, self.columns.results(), strict=True))
         return self._outcomes
 
     @outcomes.setter

@@ -152,18 +152,20 @@ class Collator:
         bare = not any([request.batched for request in requests])
         encoding = requests[0].encoding
         if encoding is not None and all([request.encoding is encoding for request in requests]):
+            data = [request.data for request in requests]
             if bare:
-                data = [request.data for request in requests]
-                joined = encoding.join(data + data[-1:] * padding if padding else data)
+                data += data[-1:] * padding
+                joined = encoding.join(data, self._buffers.take)
             else:
-                joined = encoding.join_rows([(r.data, r.rows) for r in requests], padding)
+                counts = [request.rows for request in requests]
+                joined = encoding.join_rows(data, counts, padding, self._buffers.take)
             return dict(zip(signature.keys, joined, strict=True))
         batch = {}
-        data = [leaves_of(request) for request in requests]
+        apart = [leaves_of(request) for request in requests]
         for i, key in enumerate(signature.keys):
             shape, dtype, device = signature.leaves[i]  # type: ignore[misc]  # plain: not None
             out = self._buffers.take((size, *shape), dtype) if device.type == "cpu" else None
-            leaves = [of_one[i] for of_one in data]
+            leaves = [leaves[i] for leaves in apart]
             if bare:
                 batch[key] = torch.stack(leaves + leaves[-1:] * padding, out=out)
             else:

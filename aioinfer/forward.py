@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any
 
 import torch
+from tensordict import TensorDictBase
 
 from aioinfer.batch import Batch, Outcome
 from aioinfer.batching import fitting_size
@@ -70,13 +70,15 @@ class ForwardPass:
         middle = len(requests) // 2
         outcomes: list[Outcome] = []
         for half in (requests[:middle], requests[middle:]):
-            answers = self._answers(batch, half, sum(r.rows for r in half))
-            if isinstance(answers, Columns):
-                answers = list(zip(half, answers.results(), strict=True))
-            outcomes += answers
+            found = self._answers(batch, half, sum(r.rows for r in half))
+            if isinstance(found, Columns):
+                found = list(zip(half, found.results(), strict=True))
+            outcomes += found
         return outcomes
 
-    def _forward(self, batch: Batch, requests: list[Request], rows: int) -> Columns | list[Any]:
+    def _forward(
+        self, batch: Batch, requests: list[Request], rows: int
+    ) -> Columns | list[TensorDictBase]:
         size = fitting_size(self._sizes, rows)
         signature: Signature = requests[0].signature  # type: ignore[assignment]
         slot = self._slots.current

@@ -6,7 +6,7 @@ These are plain records: every other module reads them, none of them reads the o
 from __future__ import annotations
 
 import enum
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from aioinfer.collation import Columns
     from aioinfer.estimates import Cohort
+
+    Take = Callable[[tuple[int, ...], torch.dtype], torch.Tensor | None]
 
 
 class State(enum.IntEnum):
@@ -80,11 +82,16 @@ class Encoding(Protocol):
     Encodings that are alike are one object.
     """
 
-    def join(self, data: Sequence[Any]) -> Sequence[torch.Tensor]:
-        """The leaves of a batch, from the data of bare rows."""
+    def join(self, data: Sequence[Any], take: Take) -> Sequence[torch.Tensor]:
+        """The leaves of a batch, from the data of bare rows.
 
-    def join_rows(self, data: Sequence[tuple[Any, int]], padding: int) -> Sequence[torch.Tensor]:
-        """The same, from data and their numbers of rows; the last row comes so often more."""
+        ``take`` gives memory for a tensor, or ``None`` where new memory is as good.
+        """
+
+    def join_rows(
+        self, data: Sequence[Any], rows: Sequence[int], padding: int, take: Take
+    ) -> Sequence[torch.Tensor]:
+        """The same from data of so many rows; the last row comes ``padding`` times more."""
 
     def leaves(self, data: Any, rows: int, batched: bool) -> tuple[torch.Tensor, ...]:
         """The leaves of one request."""

@@ -22,7 +22,7 @@ import operator
 import pickle
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -42,6 +42,9 @@ from aioinfer.transports.wire import (
     frame,
 )
 
+if TYPE_CHECKING:
+    from aioinfer.request import Take
+
 Key = str | tuple[str, ...]
 Field = tuple[Key, torch.Size, torch.dtype]
 
@@ -53,6 +56,8 @@ MAX_DIMS = 31  # and one for the rows: what every numpy can hold
 MAX_ROW_NBYTES = 1 << 40
 
 _REMEMBERED = 4096  # layouts; forgetting one costs sending it once more
+_LARGE_ROW_NBYTES = 1 << 12
+"""From here on copying rows one by one costs nothing beside the copying."""
 _ROW = torch.Size([])
 _PADS = [bytes(size) for size in range(8)]
 
@@ -421,9 +426,11 @@ class Bodies:
         self._layout = layout
         self._start = start
 
-    def join(self, data: Sequence[Any]) -> list[torch.Tensor]:
+    def join(self, data: Sequence[Any], take: Take) -> list[torch.Tensor]:
         layout, rows = self._layout, len(data)
         size = self._start + layout.row_nbytes
+        if layout.row_nbytes > _LARGE_ROW_NBYTES:
+            return self.join_rows(data, [1] * rows, 0, take)
         joined = bytearray().join(data)
         found = []
         for known, shape, at, strides in layout.strided:
@@ -436,16 +443,26 @@ class Bodies:
             found.append(_of_array(known, np.ascontiguousarray(array)))
         return found
 
-    def join_rows(self, data: Sequence[tuple[Any, int]], padding: int) -> list[torch.Tensor]:
-        total = sum([rows for _, rows in data]) + padding
-        left = [(memoryview(body)[self._start :], rows) for body, rows in data]
+    def join_rows(
+        self, data: Sequence[Any], rows: Sequence[int], padding: int, take: Take
+    ) -> list[torch.Tensor]:
+        total = sum(rows) + padding
+        ats = [self._start] * len(rows)
         found = []
         for known, shape, nbytes in self._layout.row_sizes:
-            pieces = [view[: nbytes * rows] for view, rows in left]
-            pieces += [pieces[-1][-nbytes:]] * padding
-            joined = bytearray().join(pieces)
-            found.append(_of_array(known, np.ndarray((total, *shape), known.numpy, joined)))
-            left = [(view[_aligned(nbytes * rows) :], rows) for view, rows in left]
+            tensor = take((total, *shape), known.torch)
+            if tensor is None:
+                tensor = torch.empty((total, *shape), dtype=known.torch)
+            if nbytes:
+                array = (tensor if known.carrier is None else tensor.view(known.carrier)).numpy()
+                end = 0
+                for body, count, at in zip(data, rows, ats, strict=True):
+                    part: np.ndarray[Any, Any] = np.ndarray((count, *shape), known.numpy, body, at)
+                    array[end : end + count] = part
+                    end += count
+                array[end:] = array[end - 1]
+                ats = [at + _aligned(nbytes * count) for at, count in zip(ats, rows, strict=True)]
+            found.append(tensor)
         return found
 
     def leaves(self, data: Any, rows: int, batched: bool) -> tuple[torch.Tensor, ...]:
