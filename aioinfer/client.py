@@ -32,6 +32,7 @@ class _Client:
     def __init__(self, transport: InferenceTransport) -> None:
         self._transport = transport
         self._send = transport.send
+        self._exchange = transport.exchange
         self._source = Source(competes=self._competes and transport.in_process)
         transport.join(self._source)
         # The batcher waits for clients that may still ask; one that is gone will not.
@@ -197,6 +198,11 @@ class SyncInferenceClient(_Client):
 
         Arguments, result and errors are those of :meth:`InferenceClient.__call__`.
         """
+        exchange = self._exchange
+        if exchange and timeout is None and not priority and interaction_type is None:
+            answer: TensorDictBase | None = exchange(td, self._source)
+            if answer is not None:
+                return answer
         waiter = self._transport.waiter()
         request = self._request(td, timeout, priority, interaction_type, waiter)
         self._send(request, None)
@@ -209,7 +215,7 @@ class SyncInferenceClient(_Client):
             assert timeout is not None
             self._transport.give_up(request, GivenUp.TIMED_OUT)
             raise _late(timeout)
-        answer: TensorDictBase = waiter.result()
+        answer = waiter.result()
         return answer
 
     def submit(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -11,6 +12,7 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable, Mapping
+from multiprocessing import connection
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -21,7 +23,9 @@ import torch
 
 import aioinfer.arguments as arguments
 from aioinfer.blocking import new_event_loop
+from aioinfer.clock import MonotonicClock
 from aioinfer.errors import ServerClosedError, ServerDiedError
+from aioinfer.near import NearExecutor
 from aioinfer.server import InferenceServer
 from aioinfer.stats import ServerStats
 from aioinfer.transports.mp import MPTransport
@@ -30,6 +34,10 @@ from aioinfer.transports.wire import RemoteTraceback
 if TYPE_CHECKING:
     from aioinfer.client import InferenceClient, SyncInferenceClient
 
+_clock = MonotonicClock()
+
+_READY = 0
+"""The number of the question that is asked by starting the child."""
 _JOIN_S = 5.0
 """Seconds that a process has to end, once it has nothing left to do."""
 _ANSWER_S = 1.0
@@ -75,6 +83,8 @@ class ProcessInferenceServer:
         self._options = options
         self._process: Any = None
         self._control: Connection | None = None
+        self._ended = -1  # readable once the child has ended
+        self._questions = itertools.count(_READY + 1)
         self._lock = threading.RLock()  # one question at a time
 
     # -- clients ------------------------------------------------------------
@@ -155,17 +165,38 @@ class ProcessInferenceServer:
             control = self._control
             if control is None:
                 raise ServerClosedError("this server is not running; start it first")
+            question = next(self._questions)
             try:
-                _send(control, (what, args))
-                message = control.recv_bytes() if control.poll(within) else None
+                _send(control, (question, what, args))
+                found = self._answer_to(question, control, within)
             except (EOFError, OSError) as error:
                 raise self._died() from error
-        if message is None:
+        if found is None:
             raise TimeoutError(f"the server's process did not answer within {within} s")
-        worked, answer = pickle.loads(message)
+        worked, answer = found
         if not worked:
             raise _rebuilt(answer)
         return answer
+
+    def _answer_to(
+        self, question: int, control: Connection, within: float | None
+    ) -> tuple[bool, Any] | None:
+        """Whether it worked, and what the child answers; ``None`` if it did not in time.
+
+        Raises:
+            EOFError: the child has ended.
+        """
+        until = None if within is None else _clock() + within
+        while True:
+            left = None if until is None else max(0.0, until - _clock())
+            ready = connection.wait([control, self._ended], left)
+            if not ready:
+                return None
+            if control not in ready:
+                raise EOFError
+            answered, worked, answer = pickle.loads(control.recv_bytes())
+            if answered == question:  # else the answer to who was interrupted, or out of time
+                return worked, answer
 
     def _died(self) -> ServerDiedError:
         process = self._process
@@ -201,14 +232,16 @@ class ProcessInferenceServer:
             process.start()
             theirs.close()
             self._process, self._control = process, ours
+            self._ended = _end_descriptor(process)
             answered = False
             try:
-                if not ours.poll(self._start_timeout):
+                found = self._answer_to(_READY, ours, self._start_timeout)
+                if found is None:
                     raise ServerDiedError(
                         f"the server's process was not ready within start_timeout="
                         f"{self._start_timeout} s"
                     )
-                worked, answer = pickle.loads(ours.recv_bytes())
+                worked, answer = found
                 answered = True
                 if not worked:
                     raise _rebuilt(answer)
@@ -252,6 +285,9 @@ class ProcessInferenceServer:
         if process.is_alive():
             process.kill()
             process.join()
+        if self._ended != process.sentinel:
+            os.close(self._ended)
+        self._ended = -1
         process.close()
 
     async def aclose(self, timeout: float | None = None, *, drain: bool = True) -> None:
@@ -304,6 +340,17 @@ def _end_of(code: int | None) -> str:
     return f"was killed by signal {-code}"
 
 
+def _end_descriptor(process: Any) -> int:
+    """What is readable once the process has ended."""
+    # The sentinel of a forked process, like the pipe to it, may have been inherited by another
+    # one that a thread forked at the wrong moment; then it stays open for as long as that lives.
+    if hasattr(os, "pidfd_open"):
+        with contextlib.suppress(ProcessLookupError):
+            return os.pidfd_open(process.pid)
+    sentinel: int = process.sentinel
+    return sentinel
+
+
 def _send(control: Connection, message: Any) -> None:
     # Plain pickle: the one of multiprocessing would move tensors of the caller's own model into
     # shared memory.
@@ -323,22 +370,32 @@ def _serve(
     """What the child does, from its first moment to its last."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole terminal
     try:
+        options = {"executor": _executor(options), **options}
         server = InferenceServer(factory(), transport, **options)
     except BaseException as error:
-        _send(control, (False, _described(error)))
+        _send(control, (_READY, False, _described(error)))
         return
-    with asyncio.Runner(loop_factory=new_event_loop) as runner, contextlib.suppress(OSError):
-        runner.run(_run(server, control, parent))
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        try:
+            runner.run(_run(server, control, parent))
+        except* OSError:  # the parent has ended, and nobody listens any more
+            pass
+
+
+def _executor(options: dict[str, Any]) -> NearExecutor | None:
+    """Nobody else needs this process's loop; but a device has one thread that uses it."""
+    device = options.get("device")
+    return NearExecutor() if device is None or torch.device(device).type == "cpu" else None
 
 
 async def _run(server: InferenceServer, control: Connection, parent: int) -> None:
     try:
         await server.__aenter__()
     except Exception as error:
-        _send(control, (False, _described(error)))
+        _send(control, (_READY, False, _described(error)))
         return
     try:
-        _send(control, (True, None))
+        _send(control, (_READY, True, None))
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(_outlive_nobody, parent, tasks.cancel_scope)
             await _answer(server, control)
@@ -374,16 +431,16 @@ async def _answer(server: InferenceServer, control: Connection) -> None:
         # here: a thread waits for the rest.
         os.set_blocking(control.fileno(), True)
         try:
-            what, args = pickle.loads(await anyio.to_thread.run_sync(control.recv_bytes))
+            question, what, args = pickle.loads(await anyio.to_thread.run_sync(control.recv_bytes))
         except EOFError:
             return
         closing = what == "close"
         try:
             answer = await _QUESTIONS[what](server, *args)
         except Exception as error:
-            _send(control, (False, _described(error)))
+            _send(control, (question, False, _described(error)))
         else:
-            _send(control, (True, answer))
+            _send(control, (question, True, answer))
 
 
 async def _stats(server: InferenceServer, reset: bool) -> ServerStats:

@@ -25,7 +25,7 @@ from aioinfer.errors import (
     ServerDiedError,
 )
 from aioinfer.executor import Executor
-from aioinfer.intake import Intake, Notice, loop_closed
+from aioinfer.intake import Intake, Notice, loop_closed, running_loop
 from aioinfer.request import ColumnPort, GivenUp, ReplyPort, Request, State
 from aioinfer.signature import Signature
 from aioinfer.splitting import split
@@ -293,7 +293,7 @@ class Serving:
             self._run(batch)
 
     def _on_finished(self, batch: Batch) -> None:
-        """The executor finished a batch. Runs on the executor thread."""
+        """The executor finished a batch. Runs on the thread that ran it."""
         # First the note for the loop, then the answers: a thread that is answered may ask
         # again at once, and the batcher must not see that before it knows of the answer.
         with self._lock:
@@ -313,7 +313,11 @@ class Serving:
             if not port.on_loop:
                 _deliver(port, answers)
         try:
-            self.loop.call_soon_threadsafe(self._pump)
+            if running_loop() is self.loop:
+                # Not before the loop has read what arrived meanwhile.
+                self.loop.call_soon(self.loop.call_soon, self._pump)
+            else:
+                self.loop.call_soon_threadsafe(self._pump)
         except RuntimeError:  # closed under a running server
             self.abandon()
 

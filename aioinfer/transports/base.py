@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import asyncio
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from aioinfer.client import InferenceClient, SyncInferenceClient
@@ -26,6 +27,10 @@ class InferenceTransport(abc.ABC):
 
     in_process: ClassVar[bool] = False
     """Whether its clients share the server's interpreter, and so compete with the forward."""
+
+    exchange: Callable[[Any, Source], Any] | None = None
+    """A shorter way for the simplest call of a thread: takes the TensorDict and the source, waits,
+    and returns the answer, or ``None`` if this call has to go the usual way."""
 
     _default: ClassVar[type[InferenceTransport]]
 

@@ -20,6 +20,9 @@ from aioinfer.transports.base import InferenceTransport
 from aioinfer.transports.channel import Channel, LoopChannel, RemoteWaiter, ThreadChannel
 from aioinfer.transports.peer import Peer
 
+MAX_SUBMITTED = 4096
+"""Requests that the threads of a process may have submitted and not had answered, before
+``submit`` waits: on this link nobody knows from afar how full the server's queue is."""
 INLINE_NBYTES = 1 << 14
 """Payloads up to so many bytes travel in the message. With 8 processes on 2 cores
 (``tests/benchmarks/processes.py --threshold``) messages are a fifth faster at 1 KiB, both are
@@ -75,6 +78,8 @@ class MPTransport(InferenceTransport):
         self._threads: weakref.WeakSet[ThreadChannel] = weakref.WeakSet()
         self._background: BackgroundLoop | None = None
         self._lock = threading.Lock()
+        self._room = threading.Condition()
+        self._submitted = 0
 
     # -- used by clients ----------------------------------------------------
 
@@ -106,6 +111,15 @@ class MPTransport(InferenceTransport):
                 self._loop_channel(background.loop).send(request, block=block)
 
             background.call(send)
+            with self._room:
+                self._submitted += 1
+            request.handle.add_done_callback(self._one_less)
+
+    def exchange(self, td: Any, source: Source) -> Any:
+        channel: ThreadChannel | None = getattr(self._thread, "channel", None)
+        if channel is None or self._intake is not None:
+            return None
+        return channel.exchange(td, source)
 
     def give_up(self, request: Request, why: GivenUp) -> None:
         channel: Any = getattr(request, "port", None)
@@ -113,7 +127,13 @@ class MPTransport(InferenceTransport):
             channel.give_up(request, why)
 
     def wait_for_room(self, rows: int, timeout: float | None) -> bool:
-        return True  # the server takes a request once there is room
+        with self._room:
+            return self._room.wait_for(lambda: self._submitted < MAX_SUBMITTED, timeout)
+
+    def _one_less(self, future: Any) -> None:
+        with self._room:
+            self._submitted -= 1
+            self._room.notify()
 
     def call_at(self, when: float, callback: Callable[[], object]) -> RemoteTimer:
         return RemoteTimer(self._clock, self._background_loop().loop, when, callback)
@@ -166,7 +186,7 @@ class MPTransport(InferenceTransport):
             self._listener.close()
             for peer in list(self._peers):
                 peer.forget()
-            self._peers.clear()
+            self._peers = set()
         self._address.unlink()
         try:
             self._listener = self._address.listen()
@@ -176,12 +196,21 @@ class MPTransport(InferenceTransport):
                 "a transport serves one server at a time"
             ) from error
         self._intake = intake
-        intake.loop.add_reader(self._listener.fileno(), self._accept)
+
+        def accept() -> None:
+            self._accept()
+
+        # Nobody but the loop refers to this function: if it goes, the loop was closed under the
+        # server, and those who wait in other processes must hear of it.
+        self._loop_closed = weakref.finalize(accept, _hang_up, self._listener, self._peers)
+        self._loop_closed.atexit = False
+        intake.loop.add_reader(self._listener.fileno(), accept)
 
     async def detach(self) -> None:
         intake, self._intake = self._intake, None
         if intake is None:
             return
+        self._loop_closed.detach()
         intake.loop.remove_reader(self._listener.fileno())
         self._listener.close()
         self._listener = None
@@ -208,12 +237,19 @@ class MPTransport(InferenceTransport):
         for peer in self._peers:
             peer.forget()
         if self._listener is not None:
+            self._loop_closed.detach()
             self._listener.close()
         if self._background is not None:
             self._end_background.detach()
         self._listener = self._intake = None
         self._peers = set()
         self._begin()
+
+
+def _hang_up(listener: Any, peers: set[Peer]) -> None:
+    listener.close()
+    for peer in list(peers):
+        peer.forget()
 
 
 def _elsewhere(address: Address, inline_nbytes: int) -> MPTransport:

@@ -21,7 +21,7 @@ import math
 import operator
 import pickle
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -213,6 +213,16 @@ class Layout:
             return tuple([_tensor(known, shape, buffer, start + at) for known, shape, at in places])
         except (RuntimeError, TypeError, ValueError) as error:  # rows of no bytes, but too many
             raise WireError(f"a payload of {rows} rows cannot be read: {error}") from error
+
+    def row(self, buffer: Any, start: int) -> TensorDict:
+        """One bare row as a TensorDict, otherwise as :meth:`read`; the buffer is large enough."""
+        if not self._flat:
+            return self.tensordict(self.read(buffer, start=start, exact=False))
+        leaves = {}
+        for key, (known, shape, at) in zip(self.keys, self._one, strict=True):
+            tensor = torch.from_numpy(np.ndarray(shape, known.numpy, buffer, start + at))
+            leaves[key] = tensor if known.carrier is None else tensor.view(known.torch)
+        return new_tensordict(leaves, _ROW)
 
     def tensordict(
         self, leaves: Iterable[torch.Tensor], rows: int = 1, batched: bool = False
@@ -698,7 +708,10 @@ def unpack_object(buffer: Any, start: int = 0, *, exact: bool = True) -> Any:
     view = memoryview(buffer)[start : start + nbytes]
     file = io.BytesIO(view[_OBJECT.size : _OBJECT.size + pickled])
     try:
-        return _Unpickler(file, view[tensors:]).load()
+        try:
+            return _Unpickler(file, view[tensors:]).load()
+        finally:
+            _validate_sparse_tensors()
     except WireError:
         raise
     except Exception as error:
@@ -706,3 +719,9 @@ def unpack_object(buffer: Any, start: int = 0, *, exact: bool = True) -> Any:
             f"an object from another process cannot be rebuilt here: "
             f"{type(error).__name__}: {error}"
         ) from error
+
+
+# torch keeps every sparse tensor that is unpickled, to check it at the end of a torch.load.
+_validate_sparse_tensors: Callable[[], object] = getattr(
+    torch._utils, "_validate_loaded_sparse_tensors", lambda: None
+)

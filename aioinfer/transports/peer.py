@@ -44,6 +44,7 @@ _HELLO_NBYTES = len(wire.encode(wire.Hello(0, 0, bytes(32))))
 _SMALL_NBYTES = 1 << 12
 """Replies up to this size are sent, even where there is a slot for them."""
 _REMEMBERED = 256
+_REQUEST = Kind.REQUEST
 _ANCILLARY_NBYTES = socket.CMSG_SPACE(_MAX_DESCRIPTORS * 4)
 
 
@@ -129,7 +130,10 @@ class Peer:
                 self.close(None)
                 return
             for kind_, body in self._reader.received(count):
-                self._handle(kind_, body)
+                if kind_ is _REQUEST and self._welcome:
+                    self._ask(body)
+                else:
+                    self._handle(kind_, body)
                 if self._over:
                     return
             if not self._welcome:
@@ -143,8 +147,6 @@ class Peer:
     def _handle(self, kind: Kind, body: bytearray) -> None:
         if not self._welcome:
             self._greet(kind, body)
-        elif kind is Kind.REQUEST:
-            self._ask(body)
         elif kind is Kind.LAYOUT:
             self._known.clear()
             self._their_layouts.define(*decode_layout(body))
@@ -376,7 +378,8 @@ class Peer:
         self._closed(self)
 
     def forget(self) -> None:
-        """Let go of what a forked child has inherited."""
+        """Let go: this is a forked child, or there is no event loop any more."""
+        self._over = True
         self.socket.close()
 
 

@@ -109,6 +109,11 @@ class FrameReader:
         self.broken: WireError | None = None
         """What was wrong with the stream."""
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether it waits for a frame to begin."""
+        return not self._filled and self._large is None
+
     def space(self) -> memoryview:
         """Where to put what comes next; never empty. Keep no part of it after :meth:`received`."""
         if self.broken is not None:
@@ -123,7 +128,7 @@ class FrameReader:
 
     def received(self, count: int) -> list[tuple[Kind, bytearray]]:
         """Take note of ``count`` bytes in :meth:`space`; return the frames now complete."""
-        room = len(self.space())
+        room = len(self._space or self.space())
         if not 0 <= count <= room:
             raise ValueError(f"count must be between 0 and {room}, got {count}")
         if self._large is None:
@@ -471,6 +476,16 @@ def encode_reply(
     """A REPLY; with ``in_slot`` the payload was written there and is left out here."""
     head = encode_reply_head(request_id, layout_id, payload.nbytes, rows, batched, in_slot=in_slot)
     return head if in_slot else b"".join((head, *payload.buffers))
+
+
+def decode_reply_frame(buffer: Buffer, count: int) -> tuple[int, int] | None:
+    """Request id and layout id, if the first ``count`` bytes are the reply to one bare row."""
+    if count < REPLY_FRAME_NBYTES:
+        return None
+    length, kind, request_id, layout_id, rows, flags = _REPLY_FRAME.unpack_from(buffer)
+    if kind != Kind.REPLY or length + 8 != count or rows or flags:
+        return None
+    return request_id, layout_id
 
 
 def decode_reply(body: Buffer) -> ReplyHead:

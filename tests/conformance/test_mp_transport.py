@@ -8,11 +8,10 @@ import contextlib
 import fcntl
 import select
 import termios
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import pytest
-import torch
 from helpers import InThread, action, all_well, doubling, outcomes, row, rows, seen, until, within
 
 from aioinfer import (
@@ -265,9 +264,3 @@ class TestThroughSharedMemory(OnSockets, InBackground, TransportConformance):
 
     def transport(self) -> MPTransport:
         return MPTransport(inline_bytes=0)
-
-    @pytest.fixture(autouse=True)
-    def _torch_forgets(self, nothing_left: None) -> Iterator[None]:
-        # torch keeps every sparse tensor that was unpickled, until the next torch.load.
-        yield
-        torch._utils._sparse_tensors_to_validate.clear()
