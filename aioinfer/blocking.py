@@ -53,6 +53,14 @@ class BackgroundLoop:
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
+    def close_soon(self) -> None:
+        """End the loop and the thread without waiting; for finalizers, on any thread."""
+        stop = self._portal.stop(True)
+        try:
+            self.loop.call_soon_threadsafe(self.loop.create_task, stop)
+        except RuntimeError:  # it has ended
+            stop.close()
+
     @staticmethod
     def _run(started: Future[BlockingPortal]) -> None:
         async def main() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from children import Child, Said
 from helpers import PATIENCE_S, InThread, action, doubling, row, rows, wait_until
 from tensordict import NonTensorData, TensorDict, TensorDictBase, tensorclass
 
@@ -43,64 +44,6 @@ LARGE = 60_000
 """Numbers in an observation of 240 kB."""
 
 
-class Child:
-    """A process in which ``function(pipe, *args)`` runs; ended with the ``with`` block."""
-
-    def __init__(self, function: Callable[..., Any], *args: Any, method: str = "fork") -> None:
-        context: Any = multiprocessing.get_context(method)
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(
-            target=_run, args=(theirs, function, *args), name="test-actor", daemon=True
-        )
-        self.process.start()
-        theirs.close()
-
-    def hear(self, patience: float = PATIENCE_S) -> Any:
-        """The next thing that it says; raises if it failed."""
-        if not self.pipe.poll(patience):
-            raise AssertionError(f"the process said nothing for {patience} s")
-        well, said = self.pipe.recv()
-        if not well:
-            raise AssertionError(f"the process failed: {said}")
-        return said
-
-    def ask(self, question: Any) -> Any:
-        """Send it something and wait for what it says."""
-        self.pipe.send(question)
-        return self.hear()
-
-    def kill(self) -> None:
-        """End it at once."""
-        self.process.kill()
-        self.process.join(PATIENCE_S)
-
-    def __enter__(self) -> Child:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.kill()
-        self.process.close()
-        self.pipe.close()
-
-
-class _Said:
-    def __init__(self, pipe: Any) -> None:
-        self._pipe = pipe
-
-    def say(self, what: Any) -> None:
-        self._pipe.send((True, what))
-
-    def hear(self) -> Any:
-        return self._pipe.recv()
-
-
-def _run(pipe: Any, function: Callable[..., Any], *args: Any) -> None:
-    try:
-        pipe.send((True, function(_Said(pipe), *args)))
-    except BaseException as error:
-        pipe.send((False, f"{type(error).__name__}: {error}"))
-
-
 def _outcome(client: SyncInferenceClient, td: TensorDictBase) -> Any:
     try:
         return action(client(td))
@@ -111,18 +54,18 @@ def _outcome(client: SyncInferenceClient, td: TensorDictBase) -> Any:
 # -- what actors do in their processes ----------------------------------------
 
 
-def one(said: _Said, client: SyncInferenceClient, value: float) -> Any:
+def one(said: Said, client: SyncInferenceClient, value: float) -> Any:
     """Ask once."""
     return action(client(row(value)))
 
 
-def one_when_told(said: _Said, client: SyncInferenceClient) -> Any:
+def one_when_told(said: Said, client: SyncInferenceClient) -> Any:
     """Ask once the server runs."""
     said.say("ready")
     return action(client(row(said.hear())))
 
 
-def one_awaited(said: _Said, transport: MPTransport, value: float) -> Any:
+def one_awaited(said: Said, transport: MPTransport, value: float) -> Any:
     """Ask on an event loop."""
 
     async def main() -> Any:
@@ -133,19 +76,19 @@ def one_awaited(said: _Said, transport: MPTransport, value: float) -> Any:
     return asyncio.run(main())
 
 
-def ask_and_stay(said: _Said, client: SyncInferenceClient, width: int) -> None:
+def ask_and_stay(said: Said, client: SyncInferenceClient, width: int) -> None:
     """Ask once, then do nothing until killed."""
     said.say(action(client(row(1, width))))
     said.hear()
 
 
-def ask_whenever_told(said: _Said, client: SyncInferenceClient) -> None:
+def ask_whenever_told(said: Said, client: SyncInferenceClient) -> None:
     """Ask what one is told to ask, and say what came of it."""
     while True:
         said.say(_outcome(client, row(said.hear())))
 
 
-def ask_everything(said: _Said, client: SyncInferenceClient) -> None:
+def ask_everything(said: Said, client: SyncInferenceClient) -> None:
     """Ask in every way that there is."""
     futures = [client.submit(row(value)) for value in range(50)]
     assert [action(future.result(10)) for future in futures] == [2 * v for v in range(50)]
@@ -238,7 +181,7 @@ class Seen:
     observation: torch.Tensor
 
 
-def ask_with_a_tensorclass(said: _Said, client: SyncInferenceClient) -> Any:
+def ask_with_a_tensorclass(said: Said, client: SyncInferenceClient) -> Any:
     return action(client(Seen(observation=torch.full((LARGE,), 4.0), batch_size=[])))
 
 
@@ -380,7 +323,7 @@ def test_the_server_is_closed_and_another_one_started():
         assert child.ask(6.0) == "ServerClosedError"
 
 
-def serve_for_ever(said: _Said, transport: MPTransport) -> None:
+def serve_for_ever(said: Said, transport: MPTransport) -> None:
     def policy(td: TensorDictBase) -> TensorDictBase:
         if bool((td["observation"] < 0).any()):
             said.say("stuck")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import os
 import threading
@@ -27,6 +28,29 @@ INLINE_NBYTES = 1 << 14
 """Payloads up to so many bytes travel in the message. With 8 processes on 2 cores
 (``tests/benchmarks/processes.py --threshold``) messages are a fifth faster at 1 KiB, both are
 alike at 64 KiB, and memory is twice as fast at 1 MiB."""
+
+
+class _Submitted:
+    """Counts what threads have submitted and not had answered."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._changed = threading.Condition()
+
+    def begin(self, future: concurrent.futures.Future[Any]) -> None:
+        with self._changed:
+            self.count += 1
+        future.add_done_callback(self._end)
+
+    def _end(self, future: concurrent.futures.Future[Any]) -> None:
+        with self._changed:
+            self.count -= 1
+            self._changed.notify()
+
+    def wait_for_room(self, timeout: float | None) -> bool:
+        """Block this thread until one more may be submitted; return whether it may."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self.count < MAX_SUBMITTED, timeout)
 
 
 class MPTransport(InferenceTransport):
@@ -78,8 +102,7 @@ class MPTransport(InferenceTransport):
         self._threads: weakref.WeakSet[ThreadChannel] = weakref.WeakSet()
         self._background: BackgroundLoop | None = None
         self._lock = threading.Lock()
-        self._room = threading.Condition()
-        self._submitted = 0
+        self._submitted = _Submitted()
 
     # -- used by clients ----------------------------------------------------
 
@@ -111,9 +134,7 @@ class MPTransport(InferenceTransport):
                 self._loop_channel(background.loop).send(request, block=block)
 
             background.call(send)
-            with self._room:
-                self._submitted += 1
-            request.handle.add_done_callback(self._one_less)
+            self._submitted.begin(request.handle)
 
     def exchange(self, td: Any, source: Source) -> Any:
         channel: ThreadChannel | None = getattr(self._thread, "channel", None)
@@ -127,13 +148,7 @@ class MPTransport(InferenceTransport):
             channel.give_up(request, why)
 
     def wait_for_room(self, rows: int, timeout: float | None) -> bool:
-        with self._room:
-            return self._room.wait_for(lambda: self._submitted < MAX_SUBMITTED, timeout)
-
-    def _one_less(self, future: Any) -> None:
-        with self._room:
-            self._submitted -= 1
-            self._room.notify()
+        return self._submitted.wait_for_room(timeout)
 
     def call_at(self, when: float, callback: Callable[[], object]) -> RemoteTimer:
         return RemoteTimer(self._clock, self._background_loop().loop, when, callback)
@@ -170,7 +185,7 @@ class MPTransport(InferenceTransport):
         with self._lock:
             if self._background is None:
                 self._background = BackgroundLoop()
-                self._end_background = weakref.finalize(self, self._background.close)
+                self._end_background = weakref.finalize(self, self._background.close_soon)
                 self._end_background.atexit = False  # its thread is a daemon
             return self._background
 
@@ -249,7 +264,7 @@ class MPTransport(InferenceTransport):
 def _hang_up(listener: Any, peers: set[Peer]) -> None:
     listener.close()
     for peer in list(peers):
-        peer.forget()
+        peer.hang_up()
 
 
 def _elsewhere(address: Address, inline_nbytes: int) -> MPTransport:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from aioinfer.collation import Columns
 from aioinfer.errors import InferenceError, InvalidRequestError, ModelError
 from aioinfer.intake import Intake
-from aioinfer.request import Encoding, GivenUp, Request, Source
+from aioinfer.request import Encoding, GivenUp, Request, Source, State
 from aioinfer.signature import Signature, describe
 from aioinfer.transports import wire
 from aioinfer.transports.channel import Outbox
@@ -102,6 +102,7 @@ class Peer:
         connection.setblocking(False)
         self._outbox = Outbox(connection)
         self._over = False
+        self._hung_up = False
         self._welcome = False
         self._timer = self._loop.call_later(HELLO_TIMEOUT_S, self._expect_hello)
         self._loop.add_reader(connection.fileno(), self._readable)
@@ -312,6 +313,8 @@ class Peer:
         """Send frames, never blocking; on any thread."""
         with self._lock:
             self._put(data)
+        if self._hung_up and not self._open:
+            self.forget()
 
     def _put(self, data: bytes | memoryview) -> None:
         """Send, never blocking; the lock is held."""
@@ -378,9 +381,14 @@ class Peer:
         self._closed(self)
 
     def forget(self) -> None:
-        """Let go: this is a forked child, or there is no event loop any more."""
-        self._over = True
+        """Let go of what a forked child has inherited."""
         self.socket.close()
+
+    def hang_up(self) -> None:
+        """The loop was closed under the server: end the connection after what still runs."""
+        self._hung_up = True
+        if not any([request.state is State.RUNNING for request in list(self._open.values())]):
+            self.forget()
 
 
 class _Port:
