@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import multiprocessing
 import os
 import pickle
 import signal
-from multiprocessing import resource_tracker
+import subprocess
+import sys
+from multiprocessing import connection, resource_tracker
 from typing import Any
 
 import pytest
 import torch
-from helpers import action, outcomes, row, wait_until, within
+from children import Child
+from helpers import PATIENCE_S, InThread, action, outcomes, row, wait_until, within
 from tensordict.nn import TensorDictModule
 from torch import nn
 
@@ -180,15 +184,21 @@ class TestWeights:
         """Weights of which half has arrived do not hold up the batches."""
         with served() as server:
             assert server._control is not None
-            message = pickle.dumps(("load_state_dict", (scaling(5.0).state_dict(),)))
+            message = pickle.dumps((99, "load_state_dict", (scaling(5.0).state_dict(),)))
             pipe = server._control.fileno()
             os.write(pipe, len(message).to_bytes(4, "big") + message[:100])
             client = server.sync_client()
             for _ in range(3):
                 assert action(client(row(1))) == 2
             os.write(pipe, message[100:])
-            assert pickle.loads(server._control.recv_bytes()) == (True, 1)
+            assert pickle.loads(server._control.recv_bytes()) == (99, True, 1)
             assert action(client(row(1))) == 5
+
+    async def test_loaded_in_asyncio(self) -> None:
+        """The same without blocking the loop of the caller."""
+        async with served() as server:
+            assert await within(server.aload_state_dict(scaling(3.0).state_dict())) == 1
+            assert action(await within(server.async_client()(row(2)))) == 6
 
     def test_refused(self) -> None:
         """Weights that do not fit are refused, and the old ones stay."""
@@ -197,6 +207,131 @@ class TestWeights:
                 server.load_state_dict({"other": torch.ones(1)})
             assert action(server.sync_client()(row(1))) == 2
             assert server.policy_version == 0
+
+
+def slow_for_negatives() -> Any:
+    """A policy that, once asked about a negative observation, waits for a line on its stdin."""
+
+    def policy(td: Any) -> Any:
+        if bool((td["observation"] < 0).any()):
+            assert os.read(_GO_ON[0], 1) == b"x"
+        return td.empty().set("action", td["observation"] * 2)
+
+    return policy
+
+
+_GO_ON = (-1, -1)
+
+
+@pytest.fixture
+def go_on(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A pipe: each byte written to it lets one forward of ``slow_for_negatives`` end."""
+    read, write = os.pipe()
+    monkeypatch.setattr(sys.modules[__name__], "_GO_ON", (read, write))
+    yield write
+    os.close(read)
+    os.close(write)
+
+
+class TestClosing:
+    """What is answered when it is closed."""
+
+    def test_drained(self, go_on: int) -> None:
+        """Accepted requests are answered first."""
+        server = served(slow_for_negatives).start()
+        client = server.sync_client()
+        waiting = InThread(client, row(-1))
+        wait_until(lambda: server.stats().requests == 1, "the request")
+        closing = InThread(server.shutdown)
+        os.write(go_on, b"x")
+        assert action(waiting.result()) == -2
+        closing.result()
+
+    @pytest.mark.parametrize("how", [{"drain": False}, {"timeout": 0.05}])
+    def test_not_drained(self, go_on: int, how: dict[str, Any]) -> None:
+        """Without draining, or once the time for it is over, who waits is told at once."""
+        server = served(slow_for_negatives, max_batch_size=1).start()
+        client = server.sync_client()
+        waiting = [InThread(client, row(-1)) for _ in range(2)]
+        wait_until(lambda: server.stats().queue_depth == 1, "the requests")
+        closing = InThread(server.shutdown, **how)
+        for each in waiting:
+            with pytest.raises(ServerClosedError):
+                each.result()
+        os.write(go_on, b"xx")
+        closing.result()
+        assert not server.is_alive
+
+
+class TestQuestions:
+    """What the parent asks of the child."""
+
+    def test_an_interrupted_question(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """After Ctrl-C while it waits for an answer, later questions get their own."""
+        with served() as server:
+            real = connection.wait
+
+            def interrupted(*args: Any) -> Any:
+                monkeypatch.setattr(connection, "wait", real)
+                raise KeyboardInterrupt
+
+            monkeypatch.setattr(connection, "wait", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                server.stats()
+            assert server.policy_version == 0
+            assert server.load_state_dict(scaling(3.0).state_dict()) == 1
+            assert server.stats().requests == 0
+
+    def test_an_answer_that_is_an_os_error(self) -> None:
+        """An OSError of the child's is that, and not the end of the child."""
+        with served(unloadable) as server:
+            with pytest.raises(FileNotFoundError, match="no such file"):
+                server.load_state_dict({})
+            assert server.is_alive
+
+    def test_a_process_forked_meanwhile(self) -> None:
+        """One that another thread forks during start() keeps no pipe open that matters here."""
+        server = served(deadly_later)
+        others = []
+
+        class Ctx:
+            Pipe = staticmethod(FORK.Pipe)
+
+            @staticmethod
+            def Process(**kwargs: Any) -> Any:
+                process = FORK.Process(**kwargs)
+                start = process.start
+
+                def start_two() -> None:
+                    start()
+                    others.append(Child(lambda said: said.hear()))  # has all of our descriptors
+
+                process.start = start_two
+                return process
+
+        server._ctx = Ctx
+        try:
+            with pytest.raises(ServerDiedError, match="exit code 3"):
+                server.start()
+        finally:
+            for other in others:
+                other.__exit__()
+
+
+def deadly_later() -> Any:
+    os._exit(3)
+
+
+class Unloadable(nn.Module):
+    def forward(self, td: Any) -> Any:
+        return td
+
+    def load_state_dict(self, *_: Any, **__: Any) -> Any:
+        raise FileNotFoundError("no such file")
+
+
+def unloadable() -> Any:
+    return Unloadable()
 
 
 class TestDeath:
@@ -254,6 +389,62 @@ class TestDeath:
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         wait_until(lambda: not _runs(pid), "the end of the child")
+
+    @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+    def test_a_whole_program(self, how: signal.Signals) -> None:
+        """Ctrl-C in its terminal, or the death of its parent, ends all of it; nothing is left."""
+        before = set(os.listdir("/dev/shm"))
+        program = subprocess.Popen(
+            [sys.executable, "-c", _PROGRAM],
+            cwd=os.path.dirname(__file__),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,  # its group is what a terminal would send Ctrl-C to
+        )
+        assert program.stdout is not None
+        with program:
+            try:
+                pids = [int(pid) for pid in program.stdout.readline().split()]
+                assert len(pids) == 4  # a server and three actors
+                if how is signal.SIGINT:
+                    os.killpg(program.pid, how)
+                else:
+                    program.kill()
+                program.stdout.read()  # until the last one has let go of it
+                program.wait(PATIENCE_S)
+                wait_until(lambda: not any(_runs(pid) for pid in pids), "the end of all")
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(program.pid, signal.SIGKILL)
+        assert set(os.listdir("/dev/shm")) <= before
+
+
+_PROGRAM = """
+import multiprocessing, time
+from test_process import FORK, row, served
+
+def act(client, pipe):
+    while True:
+        client(row(1))
+        pipe.send(0)
+
+if __name__ == "__main__":
+    with served() as server:
+        actors, pipes = [], []
+        for _ in range(3):
+            ours, theirs = FORK.Pipe()
+            pipes.append(ours)
+            args = server.sync_client(), theirs
+            actors.append(FORK.Process(target=act, args=args, daemon=True))
+            actors[-1].start()
+            theirs.close()
+            ours.recv()
+        print(server.pid, *[actor.pid for actor in actors], flush=True)
+        while True:
+            for pipe in pipes:
+                pipe.recv()
+"""
 
 
 def _runs(pid: int) -> bool:
