@@ -7,7 +7,7 @@ ARGS ?=
 PYTEST_ARGS ?=
 WORKERS ?= 2
 BENCHMARKS ?= tests/benchmarks/in_process.py tests/benchmarks/processes.py \
-	tests/benchmarks/batcher.py tests/benchmarks/batching.py
+	tests/benchmarks/batcher.py tests/benchmarks/batching.py tests/benchmarks/faults.py
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip

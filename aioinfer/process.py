@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import itertools
 import multiprocessing
 import os
@@ -373,6 +374,8 @@ def _serve(
     try:
         options = {"executor": _executor(options), **options}
         server = InferenceServer(factory(), transport, **options)
+        gc.collect()
+        gc.freeze()  # modules and policy stay; looking through them would hold up a batch
     except BaseException as error:
         _send(control, (_READY, False, _described(error)))
         return

@@ -137,6 +137,7 @@ class MPTransport(InferenceTransport):
             self._submitted.begin(request.handle)
 
     def exchange(self, td: Any, source: Source) -> Any:
+        """Ask for a plain row on the calling thread's connection, and wait; ``None`` if not so."""
         channel: ThreadChannel | None = getattr(self._thread, "channel", None)
         if channel is None or self._intake is not None:
             return None

@@ -99,6 +99,8 @@ class Peer:
         self._known: dict[bytes, _Looks] = {}
         self._lock = threading.Lock()  # around everything that is sent
         self._layouts = LayoutSender()
+        self.last_layout: tuple[Layout | None, int] = (None, 0)
+        """The layout of the latest replies, and its id."""
         connection.setblocking(False)
         self._outbox = Outbox(connection)
         self._over = False
@@ -293,6 +295,8 @@ class Peer:
             )
             return wire.encode_error(request_id, large)
         layout_id, news = self._layouts.id_of(packed.layout)
+        if news is not None:
+            self.last_layout = None, 0  # an id may have another meaning now
         reply = wire.encode_reply(
             request_id, layout_id, packed, request.rows, request.batched, in_slot=in_slot
         )
@@ -303,6 +307,7 @@ class Peer:
         layout_id, news = self._layouts.id_of(layout)
         if news is not None:
             self.send(news)
+        self.last_layout = layout, layout_id
         return layout_id
 
     def take(self, request_id: int) -> bool:
@@ -312,7 +317,15 @@ class Peer:
     def send(self, data: bytes | memoryview) -> None:
         """Send frames, never blocking; on any thread."""
         with self._lock:
-            self._put(data)
+            if not (self._over or self._outbox.waiting):
+                try:
+                    sent = self.socket.send(data)
+                except OSError:  # full, or gone
+                    sent = 0
+                if sent < len(data):
+                    self._put(data[sent:])
+            else:
+                self._put(data)
         if self._hung_up and not self._open:
             self.forget()
 
@@ -416,8 +429,12 @@ class _Port:
 
 def _send_bare(requests: Sequence[Request], packed: PackedColumns) -> None:
     """Answer bare rows from one table of frames."""
+    layout = packed.layout
     handles = [request.handle for request in requests]
-    layout_ids = [peer.layout_id(packed.layout) for peer, _, _ in handles]
+    layout_ids = [
+        peer.last_layout[1] if peer.last_layout[0] is layout else peer.layout_id(layout)
+        for peer, _, _ in handles
+    ]
     frames = packed.replies([request_id for _, request_id, _ in handles], layout_ids)
     if len({peer for peer, _, _ in handles}) == len(handles):
         for (peer, request_id, _), frame in zip(handles, frames, strict=True):

@@ -133,6 +133,10 @@ class FrameReader:
             raise ValueError(f"count must be between 0 and {room}, got {count}")
         if self._large is None:
             self._space = None
+            if count >= 8 and not self._filled:  # most often it is one whole frame
+                length, number = _HEADER.unpack_from(self._small)
+                if length + 8 == count and number in _KINDS and length <= self.max_body:
+                    return [(_KINDS[number], self._small[8:count])]
             self._filled += count
             return self._cut_small()
         if self._space is not None:

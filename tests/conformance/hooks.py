@@ -26,6 +26,11 @@ try:
 except ImportError:  # there is none for every platform
     _uvloop = None
 
+LOOPS: dict[str, Any] = {"asyncio": asyncio.SelectorEventLoop}
+"""The event loops that there are, by name."""
+if _uvloop is not None:
+    LOOPS["uvloop"] = _uvloop
+
 both_loops = pytest.mark.parametrize(
     "new_loop",
     [

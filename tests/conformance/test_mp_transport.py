@@ -6,6 +6,7 @@ import array
 import asyncio
 import contextlib
 import fcntl
+import gc
 import select
 import termios
 from collections.abc import AsyncIterator, Sequence
@@ -110,9 +111,33 @@ class OnSockets(Hooks):
 
     # -- claims that read differently on this link --------------------------
 
-    # A client joins with its first request: a first batch may leave before the others have joined,
-    # and on a clock that stands still the next one then waits for those already answered.
-    test_a_dropped_client_is_not_waited_for = None
+    async def test_a_dropped_client_is_not_waited_for(self):
+        """A client without references holds no batch back, and no more does a closed one."""
+        # A client joins with its first request, so here they ask one after the other.
+        clock, model = ManualClock(), RecordingModel()  # no timeout passes but the one below
+        async with self.serve(model, clock=clock, timeout=60.0) as link:
+            stays = link.client()
+            dropped = [link.client(), link.sync_client()]
+            closed = [link.client(), link.sync_client()]
+            with model.held():
+                asked = [stays.submit(row(1))]
+                await model.entered()
+                asked += [client.submit(row(1)) for client in (dropped[0], closed[0])]
+                threads = [InThread(client, row(1)) for client in (dropped[1], closed[1])]
+                await link.queued(4)
+            await within(asked[0])
+            await link.told()
+            clock.advance(60.0)  # for the first of them might have come back
+            await outcomes(*asked, *threads)
+            for client in closed:
+                client.close()
+            dropped.clear()
+            threads.clear()
+            del client
+            gc.collect()
+            await link.told()
+            for value in (2, 3):
+                assert action(await within(stays(row(value)))) == 2 * value
 
     async def test_the_natural_client(self):
         """``client()`` is for coroutines; both kinds can be had by name."""
