@@ -175,9 +175,9 @@ def stopped_client(timeout_s: float, seconds: float) -> float:
     client = transport.sync_client()
     ours, theirs = FORK.Pipe()
     process = FORK.Process(target=ask_for_ever, args=(client, 3, theirs), daemon=True)
-    process.start()
     slowest = 0.0
     with aioinfer.InferenceServer(policy(), transport, timeout=timeout_s):
+        process.start()
         ours.recv_bytes()
         mine = transport.sync_client()
         for _ in range(100):
