@@ -238,7 +238,6 @@ class ProcessInferenceServer:
             try:
                 found = self._answer_to(_READY, ours, self._start_timeout)
                 if found is None:
-                    process.kill()
                     raise ServerDiedError(
                         f"the server's process was not ready within start_timeout="
                         f"{self._start_timeout} s"
