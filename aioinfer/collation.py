@@ -20,7 +20,7 @@ from tensordict import TensorDict, TensorDictBase, is_tensor_collection
 from aioinfer.buffers import Buffers
 from aioinfer.errors import ModelError
 from aioinfer.request import ReplyPort, Request
-from aioinfer.signature import Signature
+from aioinfer.signature import Signature, entries
 from aioinfer.tensordicts import new_tensordict
 
 CollateFn = Callable[[list[TensorDictBase]], TensorDictBase]
@@ -215,6 +215,9 @@ class Collator:
             if type(answer) is not TensorDict:  # a tensorclass stays one
                 return None
             leaves = dict(answer.items())
+        elif type(answer) is TensorDict:
+            found = entries(answer)
+            leaves = {key: found.get(key) for key in self._out_keys}
         else:
             leaves = {key: answer.get(key, None) for key in self._out_keys}
         columns = {}

@@ -28,7 +28,7 @@ from aioinfer.errors import InvalidRequestError
 _ROW = torch.Size([])
 
 
-def _entries(td: TensorDict) -> Mapping[str, Any]:
+def entries(td: TensorDict) -> Mapping[str, Any]:
     """The entries of one level; the dictionary itself, which is half the price of items()."""
     entries: Mapping[str, Any] = getattr(td, "_tensordict", td)
     return entries
@@ -102,7 +102,7 @@ def describe(td: Any, mode: InteractionType | None) -> tuple[Any, int, bool, Sig
     leaves = []
     key: Any = None
     try:
-        for key, leaf in _entries(td).items():
+        for key, leaf in entries(td).items():
             if type(leaf) is not torch.Tensor:
                 return _describe_other(td, mode)
             fields.append((key, leaf.shape, leaf.dtype, leaf.device))
