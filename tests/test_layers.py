@@ -109,6 +109,12 @@ def test_the_batcher_decides_and_nothing_else():
         assert _knows(name) == set(), name
 
 
+def test_the_balancer_decides_and_nothing_else():
+    """Which replica a request goes to is decided without torch, event loop, clock or threads."""
+    for name in _reached("aioinfer.balancing"):
+        assert _knows(name) == set(), name
+
+
 @pytest.mark.parametrize("module", ["aioinfer.collation", "aioinfer.stats"])
 def test_collation_and_stats_know_no_event_loop(module: str):
     """Neither they nor what they import of the package know asyncio."""
