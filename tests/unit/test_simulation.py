@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 
 from aioinfer.simulation import (
@@ -10,6 +12,7 @@ from aioinfer.simulation import (
     Clients,
     Constant,
     Exponential,
+    LinearCost,
     Pareto,
     ThinkTime,
     Uniform,
@@ -144,3 +147,96 @@ def test_groups_that_take_turns_emerge_by_themselves():
     )
     assert learnt.throughput > 1.1 * static.throughput
     assert learnt.mean_batch_size == pytest.approx(32, abs=1)
+
+
+# -- several replicas, and the network ----------------------------------------
+
+
+def test_the_network_adds_a_way_there_and_a_way_back():
+    """A lone client that thinks 1 ms waits for the forward of 2 ms and twice the network's."""
+    result = simulate(
+        [Clients(1, Constant(0.001))], LinearCost(0.002), network=0.0005, duration=4.0
+    )
+    assert result.p50_latency == pytest.approx(0.003)
+    assert result.throughput == pytest.approx(1000 / 4, rel=0.01)
+    assert result.utilisation == pytest.approx(2 / 4, rel=0.01)
+
+
+def test_replicas_add_up():
+    """What keeps one replica busy is done twice as fast by two, and both are busy."""
+    clients = [Clients(256, Exponential(0.002))]
+    one, two = (
+        simulate(clients, LinearCost(0.004, 0.0001), replicas=n, duration=2.0, warmup=1.0)
+        for n in (1, 2)
+    )
+    assert two.throughput > 1.7 * one.throughput
+    assert len(two.utilisations) == 2
+    assert min(two.utilisations) > 0.9
+
+
+@pytest.mark.parametrize("per_process", [1, 8])
+def test_few_requests_are_not_spread_thin(per_process: int):
+    """What one replica has room for goes to one, in batches as large as if it were alone."""
+    clients = [Clients(8, Exponential(0.002), per_process=per_process)]
+    one, four = (
+        simulate(clients, LinearCost(0.004), replicas=n, duration=2.0, warmup=0.5) for n in (1, 4)
+    )
+    assert four.mean_batch_size == pytest.approx(one.mean_batch_size, rel=0.1)
+    assert sum(four.utilisations[1:]) < 0.05
+
+
+def test_several_replicas_are_deterministic_too():
+    """The same seed gives the same result, to the last bit, and another one another."""
+    clients = [Clients(96, Exponential(0.004), per_process=4)]
+    runs = [
+        simulate(
+            clients, LinearCost(0.002, 0.0001), replicas=3, room=16, network=0.0001,
+            duration=0.5, seed=seed,
+        )
+        for seed in (1, 1, 2)
+    ]  # fmt: skip
+    assert runs[0] == runs[1]
+    assert runs[0] != runs[2]
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("network", [0.0, 0.004])
+def test_who_gives_up_goes_on(replicas: int, network: float):
+    """A client whose request timed out, or whose answer comes too late, thinks and asks again."""
+    clients = [Clients(4, Constant(0.001), timeout=0.005)]
+    result = simulate(clients, LinearCost(0.05), replicas=replicas, network=network, duration=2.0)
+    assert result.requests == 0
+    turns = 4 * 2.0 / 0.006
+    assert 0.99 * turns <= result.timed_out <= 1.2 * turns  # some are refused before their time
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"duration": 0}, "duration must be finite and > 0 seconds, got 0"),
+        ({"warmup": -1}, "warmup must be finite and >= 0 seconds, got -1"),
+        ({"network": float("nan")}, "network must be finite and >= 0 seconds, got nan"),
+        ({"replicas": 0}, "replicas must be at least 1, got 0"),
+        ({"room": 0}, "room must be at least 1, got 0"),
+        ({"forward_cost": lambda rows: 0.0}, "forward_cost must be .* got 0.0 for 1 rows"),
+    ],
+)
+def test_mistakes(settings: dict[str, object], message: str):
+    """What is wrong is said in terms of the argument, its value and what is allowed."""
+    with pytest.raises(ValueError, match=message):
+        simulate([Clients(1, Constant(0.001))], **{"forward_cost": LinearCost(0.001), **settings})
+
+
+def test_the_collector_of_garbage_is_left_as_it_was():
+    """It runs again after a simulation, which leaves it nothing to do."""
+    gc.collect()
+    gc.disable()
+    try:
+        clients = [Clients(10, Exponential(0.001), timeout=0.01)]
+        simulate(clients, LinearCost(0.001), duration=0.2, replicas=2, network=0.001)
+        assert not gc.isenabled()
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
+    simulate(clients, LinearCost(0.001), duration=0.1)
+    assert gc.isenabled()
