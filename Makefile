@@ -6,8 +6,7 @@ VENV ?= .venv
 ARGS ?=
 PYTEST_ARGS ?=
 WORKERS ?= 2
-BENCHMARKS ?= tests/benchmarks/in_process.py tests/benchmarks/processes.py \
-	tests/benchmarks/batcher.py tests/benchmarks/batching.py tests/benchmarks/faults.py
+BENCHMARKS ?= $(sort $(wildcard tests/benchmarks/[a-z]*.py))
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip

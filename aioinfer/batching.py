@@ -264,12 +264,14 @@ class Batcher:
 
     def _verdict(self, kind: Hashable, queue: Queue, now: float) -> Reason | Wait:
         rows = queue.rows
-        room = min(self.max_batch_size - rows, self.max_queue_size - self.rows)
         if self._closing:
             return Reason.CLOSING if rows < self.max_batch_size else Reason.FULL
         least = self.min_batch_size
         if least is None and not self._patience.expected(kind):
             return Reason.ALL_CLIENTS_IN
+        room = self.max_batch_size - rows
+        if room > (outside := self.max_queue_size - self.rows):
+            room = outside
         if room <= 0 or self.crowded:
             return Reason.FULL
         leave_by = queue.leave_by()
@@ -284,7 +286,8 @@ class Batcher:
         wait = self._patience.wait(kind, rows, queue.requests, room, now)
         if wait is None:
             return Reason.NOT_WORTH_WAITING
-        return Wait(min(wait[0], leave_by), min(wait[1], room))
+        until, arrivals = wait
+        return Wait(until if until < leave_by else leave_by, arrivals if arrivals < room else room)
 
     def _verdict_when_cold(
         self, kind: Hashable, leave_by: float, room: int, now: float
@@ -312,10 +315,12 @@ class Batcher:
         if limit > self.max_batch_size:
             limit = self.max_batch_size
         if reason is Reason.ALL_CLIENTS_IN:
-            limit = math.ceil(limit / self._patience.groups(kind, limit))
+            groups = self._patience.groups(kind, limit)
+            limit = -(-limit // groups)
         if self._sizes is not None:
             limit = self._fitting(self._sizes, kind, limit, now)
-        requests, rows, expired = queue.take(limit, now, self._patience.least_cost(kind, now))
+        least_s = self._patience.least_cost(kind, now) if queue.may_expire else 0.0
+        requests, rows, expired = queue.take(limit, now, least_s)
         self.rows -= rows
         if expired:
             self.rows -= sum([request.rows for request in expired])

@@ -104,6 +104,10 @@ class ThinkTimes:
 
     def __init__(self) -> None:
         self.sorted: list[float] = []
+        self.known = False
+        """Whether enough of them were seen to judge by."""
+        self.longest = 0.0
+        """The longest of the latest, 0 if there are none."""
         self._latest: deque[float] = deque(maxlen=256)
         self._fresh = 0
 
@@ -115,21 +119,13 @@ class ThinkTimes:
         if self._fresh >= 128 or (self._fresh >= 8 and len(self._latest) < 64):
             self._fresh = 0
             self.sorted = sorted(self._latest)
-
-    @property
-    def known(self) -> bool:
-        """Whether enough of them were seen to judge by."""
-        return len(self.sorted) >= 16
+            self.known = len(self.sorted) >= 16
+            self.longest = self.sorted[-1]
 
     @property
     def median(self) -> float:
         """The typical think time."""
         return self.sorted[len(self.sorted) // 2]
-
-    @property
-    def longest(self) -> float:
-        """The longest of the latest, 0 if there are none."""
-        return self.sorted[-1] if self.sorted else 0.0
 
     def returned(self, seconds: float) -> int:
         """How many of :attr:`sorted` are at most ``seconds``."""

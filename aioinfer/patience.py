@@ -233,17 +233,22 @@ class Patience:
                         largest, lead = left, len(out) - 1
         if not out:
             return None
+        _, lead_age, lead_done = out[lead]
+        first = think[lead_done + int((known - lead_done) * _QUANTILES[0])] - lead_age
+        if first > horizon or most * a <= requests * first:
+            return None  # neither view can be for it: the rest would come to the same
         latest = 0.0
         if far:
             # One group means this idle time after every forward.
             latest = _IDLE * a - (now - self._ended_at)
-            coming = 0.0
-            for weight, age, done in out:
-                coming += weight * (bisect_right(think, age + latest) - done)
-            far = latest > 0.0 and coming >= _MOST * most
+            far = False
+            if latest > 0.0:
+                coming = 0.0
+                for weight, age, done in out:
+                    coming += weight * (bisect_right(think, age + latest, done) - done)
+                far = coming >= _MOST * most
             if near_a <= 0.0 and not far:
                 return None
-        _, lead_age, lead_done = out[lead]
         best = 0.0
         until, arrivals = now, 1.0
         for quantile in _QUANTILES:
@@ -255,7 +260,7 @@ class Patience:
                 break  # not even if everybody came
             coming = 0.0
             for weight, age, done in out:
-                coming += weight * (bisect_right(think, age + wait) - done)
+                coming += weight * (bisect_right(think, age + wait, done) - done)
             if coming > room:
                 coming = room
             if wait < latest and coming >= _MOST * most:

@@ -80,11 +80,15 @@ class Queue:
     def leave_by(self) -> float:
         """When the next of its requests must leave; infinite if there is none."""
         ordinary = self._first_ordinary()
-        special = _first(self._by_leave)
-        return min(
-            math.inf if ordinary is None else ordinary.submitted_at + self._timeout,
-            math.inf if special is None else special[0],
-        )
+        leave_by = math.inf if ordinary is None else ordinary.submitted_at + self._timeout
+        if self._by_leave and (special := _first(self._by_leave)) is not None:
+            return min(leave_by, special[0])
+        return leave_by
+
+    @property
+    def may_expire(self) -> bool:
+        """Whether some of its requests may have a deadline."""
+        return bool(self._by_leave)
 
     def take(
         self, max_rows: int, now: float, forward_s: float
