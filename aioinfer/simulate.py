@@ -177,8 +177,9 @@ def _parser() -> argparse.ArgumentParser:
         help="what a request takes to its server, and an answer back; default: 0",
     )  # fmt: skip
     add(
-        "--room", type=one_or_more, default=64, metavar="ROWS",
-        help="that a replica has under way before a second one is used too; default: 64",
+        "--room", type=one_or_more, default=None, metavar="ROWS",
+        help="that a replica has under way before a second one is used too; default: as many "
+        "as add no more than what a forward costs in any case, up to a batch",
     )  # fmt: skip
     add(
         "--actors-per-process", type=one_or_more, default=16, metavar="K",

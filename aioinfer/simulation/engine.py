@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from aioinfer.balancing import Balancer
+from aioinfer.balancing import Balancer, room_for
 from aioinfer.batching import DEFAULT_STATIC_TIMEOUT_S, DEFAULT_TIMEOUT_S, Batcher
 from aioinfer.request import GivenUp, Request, Source
 from aioinfer.simulation.agenda import Agenda
@@ -31,7 +31,7 @@ def simulate(
     timeout: float | None = None,
     max_queue_size: int | None = None,
     replicas: int = 1,
-    room: int = 64,
+    room: int | None = None,
     network: float = 0.0,
     **batcher_options: Any,
 ) -> SimulationResult:
@@ -51,7 +51,8 @@ def simulate(
         timeout: ``None`` is the server's default.
         max_queue_size: ``None`` for no bound.
         replicas: how many servers there are, each with its own executor.
-        room: rows that clients let one replica have under way before they use a second one too.
+        room: rows that clients let one replica have under way before they use a second one too;
+            ``None`` for what follows from the cost of a forward, as servers tell their clients.
         network: seconds that a request takes to its server, and an answer back.
         batcher_options: further arguments of :class:`aioinfer.batching.Batcher`.
 
@@ -66,7 +67,7 @@ def simulate(
         ("warmup", warmup, "finite and >= 0 seconds", 0 <= warmup < math.inf),
         ("network", network, "finite and >= 0 seconds", 0 <= network < math.inf),
         ("replicas", replicas, "at least 1", replicas >= 1),
-        ("room", room, "at least 1", room >= 1),
+        ("room", room, "None or at least 1", room is None or room >= 1),
     ):
         if not fits:
             raise ValueError(f"{name} must be {allowed}, got {value!r}")
@@ -80,6 +81,8 @@ def simulate(
             **batcher_options,
         )
 
+    if room is None:
+        room = _room(max_batch_size, forward_cost)
     with _no_collector():
         simulation = _Simulation(network, warmup, duration, seed)
         simulation.serve([batcher() for _ in range(replicas)], forward_cost)
@@ -213,7 +216,6 @@ class _Simulation:
                 self._rows += request.rows
             if client.balancer is not None:
                 client.balancer.answered(replica.index, request.rows, load)
-                load -= request.rows
             self._think(client)
 
     def _late(self, about: tuple[Replica, Request]) -> None:
@@ -269,6 +271,12 @@ def _timeout(timeout: float | None, min_batch_size: int | None) -> float:
     if timeout is not None:
         return timeout
     return DEFAULT_TIMEOUT_S if min_batch_size is None else DEFAULT_STATIC_TIMEOUT_S
+
+
+def _room(max_batch_size: int, cost: Callable[[int], float]) -> int:
+    one, full = cost(1), cost(max_batch_size)
+    per_row = max(0.0, full - one) / max(1, max_batch_size - 1)
+    return room_for(max_batch_size, max(0.0, one - per_row), per_row)
 
 
 def _percentile(ordered: list[float], at: float) -> float:

@@ -217,7 +217,7 @@ def test_who_gives_up_goes_on(replicas: int, network: float):
         ({"warmup": -1}, "warmup must be finite and >= 0 seconds, got -1"),
         ({"network": float("nan")}, "network must be finite and >= 0 seconds, got nan"),
         ({"replicas": 0}, "replicas must be at least 1, got 0"),
-        ({"room": 0}, "room must be at least 1, got 0"),
+        ({"room": 0}, "room must be None or at least 1, got 0"),
         ({"forward_cost": lambda rows: 0.0}, "forward_cost must be .* got 0.0 for 1 rows"),
     ],
 )
