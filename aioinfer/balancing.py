@@ -27,10 +27,11 @@ over many replicas make many forwards of almost nothing, and should be *packed*.
     each, and would all take the first replica. So a replica reports with its answer how many rows
     it had under way, and the share that is not ours is added to the load. A report is old when it
     is used, and if all who hear of a better place went there it would be the worse one
-    (Mitzenmacher, *How useful is old information?*, 2000). So on reports a caller moves only with
-    the probability ``(1 - there/here) / open`` which makes the expected flow just level them
-    (Berenbrink et al., *Distributed selfish load balancing*, 2006), and they fade with every
-    answer from elsewhere, so that a replica that was avoided is tried again.
+    (Mitzenmacher, *How useful is old information?*, 2000). So on reports a caller considers one
+    of the open replicas at random, and moves there with the probability ``1 - there/here``, which
+    makes the expected flow just level them (Berenbrink et al., *Distributed selfish load
+    balancing*, 2006). Reports fade with every answer from elsewhere, so that a replica that was
+    avoided is tried again.
 
 Concentrating load on as few servers as it needs is what Finagle calls an aperture; load reports
 with the answers are those of gRPC's ORCA.
@@ -188,8 +189,9 @@ class Balancer(Generic[R]):
             return stay
         if not (there.others or here.others):  # all that is known is certain
             return best
-        gain = 1 - (there.rows + rows) / (here.rows + rows)
-        return best if self._random.random() * len(opened) < gain else stay
+        other = self._random.choice(list(opened))
+        gain = 1 - (opened[other].rows + rows) / (here.rows + rows)
+        return other if self._random.random() < gain else stay
 
     def _last_place(self) -> R | None:
         """Where the caller that asks now was answered last, as far as one can tell."""

@@ -185,6 +185,15 @@ def test_few_requests_are_not_spread_thin(per_process: int):
     assert sum(four.utilisations[1:]) < 0.05
 
 
+def test_a_crowd_spreads_within_a_few_turns():
+    """Many processes that all begin at the first of eight replicas are soon spread over all."""
+    clients = [Clients(2000, Exponential(0.1), per_process=4)]
+    cost = LinearCost(0.002, 0.0003)  # eight replicas have a quarter more than is asked of them
+    result = simulate(clients, cost, replicas=8, max_batch_size=256, warmup=1.0, duration=0.5)
+    assert result.throughput > 0.8 * 2000 / 0.1
+    assert min(result.utilisations) > 0.9
+
+
 def test_several_replicas_are_deterministic_too():
     """The same seed gives the same result, to the last bit, and another one another."""
     clients = [Clients(96, Exponential(0.004), per_process=4)]
