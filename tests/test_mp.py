@@ -29,6 +29,7 @@ from aioinfer import (
     ServerClosedError,
     ServerDiedError,
     SyncInferenceClient,
+    ThreadingTransport,
 )
 from aioinfer.testing import RecordingModel
 from aioinfer.transports import peer, wire
@@ -200,6 +201,41 @@ def test_a_tensorclass_from_another_process():
     ):
         assert child.hear() == 8
     assert kinds == [Seen]
+
+
+def ask_rows_when_told(said: Said, client: SyncInferenceClient) -> Any:
+    assert action(client(row(1))) == 2
+    said.say("ready")
+    said.hear()
+    return action(client(rows([5, 6])))
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_sizes": [1, 16]}, {"return_inputs": True}])
+def test_one_batch_of_rows_from_everywhere(options: dict[str, Any]):
+    """Rows of this process and of others, bare and not, share a batch, and all get their own."""
+    elsewhere, here = MPTransport(), ThreadingTransport()
+    model = RecordingModel()
+    with (
+        InferenceServer(model, [here, elsewhere], max_batch_size=16, **options) as server,
+        Child(ask_rows_when_told, elsewhere.sync_client()) as child,
+    ):
+        assert child.hear() == "ready"
+        clients = [here.sync_client(), elsewhere.sync_client()]
+        with model.held():
+            first = InThread(clients[0], row(0))
+            model.wait_until_entered()
+            asked = [InThread(client, td) for client in clients for td in (row(3), rows([4, 7]))]
+            child.pipe.send("go")
+            wait_until(lambda: server.stats().queue_depth == 8, "the requests")
+        assert action(first.result()) == 0
+        answers = [each.result() for each in asked]
+        assert [action(answer) for answer in answers] == [6, [8, 14], 6, [8, 14]]
+        assert child.hear() == [10, 12]
+        keys = {"action", "policy_version"} | (
+            {"observation"} if "return_inputs" in options else set()
+        )
+        assert all(set(answer.keys()) == keys for answer in answers)
+        assert model.batch_sizes[-1] == (16 if "batch_sizes" in options else 8)
 
 
 # -- clients that die ---------------------------------------------------------

@@ -534,11 +534,11 @@ class ThreadChannel(Channel):
             raise
         found = wire.decode_reply_frame(buffer, count)
         if found is not None and found[0] == request_id:
-            their_layout = self._their_layouts.get(found[1])
-            if (
-                their_layout is not None
-                and their_layout.row_nbytes == count - wire.REPLY_FRAME_NBYTES
-            ):
+            try:
+                their_layout = self._their_layouts.get(found[1])
+            except WireError:  # which is found again below
+                their_layout = None
+            if their_layout and their_layout.row_nbytes == count - wire.REPLY_FRAME_NBYTES:
                 return their_layout.row(buffer, wire.REPLY_FRAME_NBYTES)
         # It is something else, or not all of it.
         waiter = RemoteWaiter()

@@ -21,8 +21,8 @@ import math
 import operator
 import pickle
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,18 +32,12 @@ from aioinfer.errors import InvalidRequestError
 from aioinfer.signature import Signature
 from aioinfer.tensordicts import new_tensordict
 from aioinfer.transports.wire import (
-    REPLY_ID_AT,
-    REPLY_LAYOUT_AT,
     Buffer,
     Cursor,
     Kind,
     WireError,
-    encode_reply_head,
     frame,
 )
-
-if TYPE_CHECKING:
-    from aioinfer.request import Take
 
 Key = str | tuple[str, ...]
 Field = tuple[Key, torch.Size, torch.dtype]
@@ -56,10 +50,8 @@ MAX_DIMS = 31  # and one for the rows: what every numpy can hold
 MAX_ROW_NBYTES = 1 << 40
 
 _REMEMBERED = 4096  # layouts; forgetting one costs sending it once more
-_LARGE_ROW_NBYTES = 1 << 12
-"""From here on copying rows one by one costs nothing beside the copying."""
 _ROW = torch.Size([])
-_PADS = [bytes(size) for size in range(8)]
+PADS = [bytes(size) for size in range(8)]
 
 
 # -- layouts ------------------------------------------------------------------
@@ -116,7 +108,7 @@ class Layout:
     """
 
     __slots__ = (
-        *("_bodies", "_flat", "_one", "_pads"),
+        *("_flat", "_one", "_pads"),
         *("fields", "keys", "row_nbytes", "row_sizes", "strided"),
     )
 
@@ -131,10 +123,9 @@ class Layout:
         """For each leaf what carries it, and the shape and the bytes of a row."""
         self._one = self._places(1, False)  # most requests are one bare row
         self._pads = self._pads_of(1)
-        self.row_nbytes = sum(_aligned(nbytes) for *_, nbytes in self.row_sizes)
+        self.row_nbytes = sum(aligned(nbytes) for *_, nbytes in self.row_sizes)
         self.strided = tuple([(*place, _strides(place[0], place[1])) for place in self._one])
         """For each leaf what carries it, the shape, place and strides of a row."""
-        self._bodies: dict[int, Bodies] = {}
 
     @staticmethod
     @functools.lru_cache(maxsize=_REMEMBERED)
@@ -159,14 +150,7 @@ class Layout:
         """The size of a payload of so many rows."""
         if rows == 1:
             return self.row_nbytes
-        return sum([_aligned(nbytes * rows) for *_, nbytes in self.row_sizes])
-
-    def bodies(self, start: int) -> Bodies:
-        """How to read this layout in bodies in which it begins at ``start``."""
-        found = self._bodies.get(start)
-        if found is None:
-            found = self._bodies[start] = Bodies(self, start)
-        return found
+        return sum([aligned(nbytes * rows) for *_, nbytes in self.row_sizes])
 
     def buffers(self, leaves: Iterable[torch.Tensor], rows: int = 1) -> list[Any]:
         """The payload, in pieces to be joined. They are not copies of the leaves."""
@@ -245,21 +229,23 @@ class Layout:
         for known, shape, nbytes in self.row_sizes:
             whole = (rows, *shape) if batched else tuple(shape)
             places.append((known, whole, at if nbytes * rows else 0))
-            at += _aligned(nbytes * rows)
+            at += aligned(nbytes * rows)
         return tuple(places)
 
     def _pads_of(self, rows: int) -> tuple[bytes, ...]:
-        return tuple([_PADS[-nbytes * rows % 8] for *_, nbytes in self.row_sizes])
+        return tuple([PADS[-nbytes * rows % 8] for *_, nbytes in self.row_sizes])
 
 
 @functools.lru_cache(maxsize=_REMEMBERED)
-def _layout(fields: tuple[Field, ...], batched: bool) -> Layout | None:
+def layout_of(fields: tuple[Field, ...], batched: bool) -> Layout | None:
+    """The layout of leaves whose shapes, if ``batched``, begin with the rows."""
     if batched:
         fields = tuple((key, shape[1:], dtype) for key, shape, dtype in fields)
     return Layout.of_fields(fields)
 
 
-def _aligned(nbytes: int) -> int:
+def aligned(nbytes: int) -> int:
+    """The next multiple of 8."""
     return -(-nbytes // 8) * 8
 
 
@@ -412,10 +398,11 @@ def _array(tensor: torch.Tensor, known: _Dtype) -> np.ndarray[Any, Any]:
 def _tensor(known: _Dtype, shape: tuple[int, ...], buffer: Any, at: int) -> torch.Tensor:
     """A tensor that lies in the buffer."""
     # By way of NumPy: any shape in one step, and it holds the memory (torch.frombuffer lets go).
-    return _of_array(known, np.ndarray(shape, known.numpy, buffer, at))
+    return of_array(known, np.ndarray(shape, known.numpy, buffer, at))
 
 
-def _of_array(known: _Dtype, array: np.ndarray[Any, Any]) -> torch.Tensor:
+def of_array(known: _Dtype, array: np.ndarray[Any, Any]) -> torch.Tensor:
+    """A tensor that lies in the memory of what carries it."""
     tensor = torch.from_numpy(array)
     return tensor if known.carrier is None else tensor.view(known.torch)
 
@@ -424,59 +411,6 @@ def _strides(known: _Dtype, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The strides, in bytes, of a dense array."""
     sizes = itertools.accumulate(reversed(shape[1:]), operator.mul, initial=known.torch.itemsize)
     return tuple(sizes)[::-1][: len(shape)] if shape else ()
-
-
-class Bodies:
-    """Rows of one layout as they came: bodies in which it begins at ``start``.
-
-    This is an :class:`aioinfer.request.Encoding`. A batch costs a fixed number of tensors.
-    """
-
-    def __init__(self, layout: Layout, start: int) -> None:
-        self._layout = layout
-        self._start = start
-
-    def join(self, data: Sequence[Any], take: Take) -> list[torch.Tensor]:
-        layout, rows = self._layout, len(data)
-        size = self._start + layout.row_nbytes
-        if layout.row_nbytes > _LARGE_ROW_NBYTES:
-            return self.join_rows(data, [1] * rows, 0, take)
-        joined = bytearray().join(data)
-        found = []
-        for known, shape, at, strides in layout.strided:
-            if 0 in shape:
-                found.append(torch.empty((rows, *shape), dtype=known.torch))
-                continue
-            array: np.ndarray[Any, Any] = np.ndarray(
-                (rows, *shape), known.numpy, joined, self._start + at, (size, *strides)
-            )
-            found.append(_of_array(known, np.ascontiguousarray(array)))
-        return found
-
-    def join_rows(
-        self, data: Sequence[Any], rows: Sequence[int], padding: int, take: Take
-    ) -> list[torch.Tensor]:
-        total = sum(rows) + padding
-        ats = [self._start] * len(rows)
-        found = []
-        for known, shape, nbytes in self._layout.row_sizes:
-            tensor = take((total, *shape), known.torch)
-            if tensor is None:
-                tensor = torch.empty((total, *shape), dtype=known.torch)
-            if nbytes:
-                array = (tensor if known.carrier is None else tensor.view(known.carrier)).numpy()
-                end = 0
-                for body, count, at in zip(data, rows, ats, strict=True):
-                    part: np.ndarray[Any, Any] = np.ndarray((count, *shape), known.numpy, body, at)
-                    array[end : end + count] = part
-                    end += count
-                array[end:] = array[end - 1]
-                ats = [at + _aligned(nbytes * count) for at, count in zip(ats, rows, strict=True)]
-            found.append(tensor)
-        return found
-
-    def leaves(self, data: Any, rows: int, batched: bool) -> tuple[torch.Tensor, ...]:
-        return self._layout.read(data, rows, batched, self._start)
 
 
 class Packed:
@@ -498,65 +432,6 @@ class Packed:
             if array.nbytes:
                 np.ndarray(array.shape, array.dtype, view, at)[...] = array
                 at += array.nbytes
-
-
-class PackedColumns:
-    """The answers to a batch, made bytes once; what everybody gets is cut from them.
-
-    Args:
-        layout: of the columns.
-        arrays: the columns, as :meth:`Layout.arrays` gives them.
-    """
-
-    def __init__(self, layout: Layout, arrays: list[np.ndarray[Any, Any]]) -> None:
-        self.layout = layout
-        self._arrays = arrays
-
-    @classmethod
-    def of(cls, columns: Mapping[str, torch.Tensor]) -> PackedColumns | None:
-        """Pack columns; ``None`` if their rows must travel as objects."""
-        fields = tuple([(name, leaf.shape, leaf.dtype) for name, leaf in columns.items()])
-        layout = _layout(fields, True)
-        if layout is None:
-            return None
-        try:
-            return cls(layout, layout.arrays(columns.values()))
-        except Exception:  # whoever packs them one by one learns whose fault it is
-            return None
-
-    def replies(self, request_ids: Sequence[int], layout_ids: Sequence[int]) -> list[memoryview]:
-        """The REPLY frames to bare rows, all of them in one table."""
-        count, nbytes = len(request_ids), self.layout.row_nbytes
-        head = encode_reply_head(0, layout_ids[0], nbytes)
-        size = len(head) + nbytes
-        table = bytearray((head + bytes(nbytes)) * count)
-        _column(table, "<u8", (count,), REPLY_ID_AT, (size,))[...] = request_ids
-        if layout_ids.count(layout_ids[0]) < count:
-            _column(table, "<u4", (count,), REPLY_LAYOUT_AT, (size,))[...] = layout_ids
-        for (known, shape, at, strides), array in zip(
-            self.layout.strided, self._arrays, strict=True
-        ):
-            if array.size:
-                place = at + len(head)
-                _column(table, known.numpy, (count, *shape), place, (size, *strides))[...] = array
-        view = memoryview(table)
-        return [view[at : at + size] for at in range(0, count * size, size)]
-
-    def rows(self, start: int, rows: int) -> Packed:
-        """The payload of one request."""
-        buffers: list[Any] = []
-        for array, (_, _, nbytes) in zip(self._arrays, self.layout.row_sizes, strict=True):
-            buffers += (
-                np.ascontiguousarray(array[start : start + rows]),
-                _PADS[-nbytes * rows % 8],
-            )
-        return Packed(self.layout, self.layout.nbytes(rows), buffers)
-
-
-def _column(
-    table: bytearray, dtype: Any, shape: tuple[int, ...], at: int, strides: tuple[int, ...]
-) -> np.ndarray[Any, Any]:
-    return np.ndarray(shape, dtype, table, at, strides)
 
 
 def pack_described(data: Any, rows: int, batched: bool, signature: Signature) -> Packed:
@@ -587,7 +462,7 @@ def pack(td: Any) -> Packed:
     leaves: list[torch.Tensor] = []
     if type(td) is TensorDict and _flatten(td, td.batch_size, (), fields, leaves):
         rows = td.batch_size.numel()
-        layout = _layout(tuple(fields), len(td.batch_size) == 1)
+        layout = layout_of(tuple(fields), len(td.batch_size) == 1)
         if layout is not None:
             return Packed(layout, layout.nbytes(rows), layout.buffers(leaves, rows))
     return _pack_object(td)
@@ -647,8 +522,8 @@ class _Pickler(pickle.Pickler):
             return None
         array = np.ascontiguousarray(_array(obj, known))
         place = (len(self._seen), known.number, tuple(obj.shape), self.nbytes)
-        self.buffers += (array, _PADS[-array.nbytes % 8])
-        self.nbytes += _aligned(array.nbytes)
+        self.buffers += (array, PADS[-array.nbytes % 8])
+        self.nbytes += aligned(array.nbytes)
         self._seen[id(obj)] = (obj, place)
         return place
 
@@ -681,7 +556,7 @@ def _pack_object(td: Any) -> Packed:
             f"pickled: {type(error).__name__}: {error}"
         ) from error
     pickled = file.getbuffer()
-    pad = _PADS[-len(pickled) % 8]
+    pad = PADS[-len(pickled) % 8]
     nbytes = _OBJECT.size + len(pickled) + len(pad) + pickler.nbytes
     head = _OBJECT.pack(nbytes, len(pickled))
     return Packed(None, nbytes, [head, pickled, pad, *pickler.buffers])
@@ -702,7 +577,7 @@ def unpack_object(buffer: Any, start: int = 0, *, exact: bool = True) -> Any:
     if room < _OBJECT.size:
         raise WireError(f"an object has {room} bytes, it must have {_OBJECT.size} or more")
     nbytes, pickled = _OBJECT.unpack_from(buffer, start)
-    tensors = _OBJECT.size + _aligned(pickled)
+    tensors = _OBJECT.size + aligned(pickled)
     if nbytes > room or (exact and nbytes != room) or tensors > nbytes:
         raise WireError(f"an object of {nbytes} bytes, {pickled} of them pickled, has {room} bytes")
     view = memoryview(buffer)[start : start + nbytes]

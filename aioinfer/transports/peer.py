@@ -25,11 +25,11 @@ from aioinfer.transports.payload import (
     LayoutReceiver,
     LayoutSender,
     Packed,
-    PackedColumns,
     decode_layout,
     pack,
     unpack_object,
 )
+from aioinfer.transports.rows import Bodies, PackedColumns
 from aioinfer.transports.slots import Arenas
 from aioinfer.transports.wire import FrameReader, Kind, Slot, WireError
 
@@ -241,7 +241,7 @@ class Peer:
         if rows != head.rows or batched != head.batched:
             raise WireError(f"an object of {rows} rows was announced with {head.rows}")
         if layout is not None and signature.plain and signature.keys == layout.keys:
-            encoding = layout.bodies(start)
+            encoding = Bodies.of(layout, start)
             data = None if buffer is body else buffer
         looks = _Looks(
             len(body),
