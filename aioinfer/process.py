@@ -12,7 +12,7 @@ import pickle
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from types import TracebackType
@@ -41,6 +41,8 @@ _READY = 0
 """The number of the question that is asked by starting the child."""
 _JOIN_S = 5.0
 """Seconds that a process has to end, once it has nothing left to do."""
+_OUTLIVE_S = 1.0
+"""Seconds that the child has to end once its parent has."""
 _ANSWER_S = 1.0
 """Seconds beyond its own timeout that the child has to say that it has closed."""
 
@@ -370,6 +372,7 @@ def _serve(
 ) -> None:
     """What the child does, from its first moment to its last."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole terminal
+    threading.Thread(target=_outlive_nobody_for_long, args=(parent,), daemon=True).start()
     try:
         options = {"executor": _executor(options), **options}
         server = InferenceServer(factory(), transport, **options)
@@ -410,19 +413,33 @@ async def _run(server: InferenceServer, control: Connection, parent: int) -> Non
 
 async def _outlive_nobody(parent: int, scope: anyio.CancelScope) -> None:
     """End the server once its parent has ended, however that did."""
-    # Not by the end of the pipe: children that were forked later may hold it open.
+    with contextlib.suppress(ProcessLookupError), _end_of_parent(parent) as descriptor:
+        await anyio.wait_readable(descriptor)
+    scope.cancel()
+
+
+def _outlive_nobody_for_long(parent: int) -> None:
+    """End the process a while after its parent, whatever else it is stuck in."""
+    with contextlib.suppress(ProcessLookupError), _end_of_parent(parent) as descriptor:
+        connection.wait([descriptor])
+    threading.Event().wait(_OUTLIVE_S)
+    os._exit(1)
+
+
+@contextlib.contextmanager
+def _end_of_parent(parent: int) -> Iterator[int]:
+    """What is readable once the parent has ended."""
+    # Not the end of the pipe: children that were forked later may hold it open.
     if hasattr(os, "pidfd_open"):
-        with contextlib.suppress(ProcessLookupError):
-            descriptor = os.pidfd_open(parent)
-            try:
-                await anyio.wait_readable(descriptor)
-            finally:
-                os.close(descriptor)
+        descriptor = os.pidfd_open(parent)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
     else:
         known = multiprocessing.parent_process()
         assert known is not None
-        await anyio.wait_readable(known.sentinel)
-    scope.cancel()
+        yield known.sentinel
 
 
 async def _answer(server: InferenceServer, control: Connection) -> None:

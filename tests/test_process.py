@@ -390,6 +390,35 @@ class TestDeath:
         process.join()
         wait_until(lambda: not _runs(pid), "the end of the child")
 
+    @pytest.mark.parametrize("where", ["in the factory", "in a forward"])
+    def test_the_parent_of_a_stuck_process_is_killed(self, where: str) -> None:
+        """The child ends with it even then."""
+        ours, theirs = FORK.Pipe()
+
+        def stick() -> Any:
+            theirs.send(os.getpid())
+            signal.pause()
+
+        def policy() -> Any:
+            return lambda td: stick() if bool((td["observation"] < 0).any()) else td
+
+        def parent() -> None:
+            multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+            with served(stick if where == "in the factory" else policy) as server:
+                client = server.sync_client()
+                for _ in range(5):  # so that forwards are known to be cheap
+                    client(row(1))
+                client(row(-1))
+
+        process = FORK.Process(target=parent)
+        process.start()
+        pid = ours.recv()
+        process.kill()
+        process.join()
+        wait_until(lambda: not _runs(pid), "the end of the child")
+        ours.close()
+        theirs.close()
+
     @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
     def test_a_whole_program(self, how: signal.Signals) -> None:
         """Ctrl-C in its terminal, or the death of its parent, ends all of it; nothing is left."""
