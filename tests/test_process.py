@@ -450,29 +450,26 @@ class TestDeath:
 
 
 _PROGRAM = """
-import multiprocessing, time
+import signal
 from test_process import FORK, row, served
 
 def act(client, pipe):
+    client(row(1))
+    pipe.send(0)
     while True:
         client(row(1))
-        pipe.send(0)
 
 if __name__ == "__main__":
     with served() as server:
-        actors, pipes = [], []
+        actors = []
         for _ in range(3):
             ours, theirs = FORK.Pipe()
-            pipes.append(ours)
             args = server.sync_client(), theirs
             actors.append(FORK.Process(target=act, args=args, daemon=True))
             actors[-1].start()
-            theirs.close()
             ours.recv()
         print(server.pid, *[actor.pid for actor in actors], flush=True)
-        while True:
-            for pipe in pipes:
-                pipe.recv()
+        signal.pause()
 """
 
 
