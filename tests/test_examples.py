@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import os
 import re
 import runpy
@@ -16,9 +17,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 DEMO = EXAMPLES / "cartpole.py"
+PROCESSES = EXAMPLES / "process_actors.py"
 SHORTEST = ["shortest_asyncio.py", "shortest_threads.py"]
 
 REQUIRED_PAGES = ["README.md", "docs/quickstart.md"]
+unix_only = pytest.mark.skipif(sys.platform == "win32", reason="processes need Unix sockets")
 PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TIMEOUT_S = 100
 
@@ -80,12 +83,57 @@ def column(table: str, row: str, number: int = 0) -> float:
     return float(numbers.split()[number].replace(",", ""))
 
 
+def accounts_for(table: str, rows: int) -> None:
+    """Check that a table's figures of the server agree with each other and the rows sent."""
+    batches = column(table, "batches")
+    assert batches * column(table, "mean batch, rows") == pytest.approx(rows, rel=0.05)
+    reasons = table.split("why batches left\n")[1].splitlines()
+    assert sum(int(line.split()[-1].replace(",", "")) for line in reasons) == batches
+    for name in ("queue wait, ms", "forward, ms", "latency, ms"):
+        assert 0 <= column(table, name, 0) <= column(table, name, 1)
+
+
+def interrupted(*command: str | Path, after: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in a terminal's stead; press Ctrl-C once stderr holds the pattern `after`."""
+    with subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stderr is not None
+        try:
+            seen = ""
+            while not re.search(after, seen):
+                character = process.stderr.read(1)
+                assert character, f"ended before {after!r}:\n{seen}"
+                seen += character
+            os.killpg(process.pid, signal.SIGINT)  # Ctrl-C goes to every process of the terminal
+            # The end of stderr is the end of every process, as all of them inherited it.
+            _, rest = process.communicate(timeout=TIMEOUT_S)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    return subprocess.CompletedProcess(command, process.returncode, "", rest)
+
+
+def stopped(result: subprocess.CompletedProcess[str]) -> None:
+    """Check that Ctrl-C ended a program with one word and no traceback."""
+    assert result.returncode == 130
+    assert "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1] == "stopped"
+
+
 # -- the examples -------------------------------------------------------------
 
 
 def test_every_example_is_run_here() -> None:
     """No example goes without a test in this file."""
-    assert sorted(path.name for path in EXAMPLES.glob("*.py")) == sorted([DEMO.name, *SHORTEST])
+    run_here = [DEMO.name, PROCESSES.name, *SHORTEST]
+    assert sorted(path.name for path in EXAMPLES.glob("*.py")) == sorted(run_here)
 
 
 @pytest.mark.parametrize("name", SHORTEST)
@@ -108,12 +156,7 @@ def test_the_demo_reports_what_it_ran(mode: list[str]) -> None:
     served = column(out, "served")
     assert own > 0
     assert column(out, "served / on its own") == pytest.approx(served / own, abs=0.02)
-    batches = column(out, "batches")
-    assert batches * column(out, "mean batch, rows") == pytest.approx(4 * 20, rel=0.05)
-    reasons = out.split("why batches left\n")[1].splitlines()
-    assert sum(int(line.split()[-1].replace(",", "")) for line in reasons) == batches
-    for name in ("queue wait, ms", "forward, ms", "latency, ms"):
-        assert 0 <= column(out, name, 0) <= column(out, name, 1)
+    accounts_for(out, rows=4 * 20)
 
 
 def test_the_demo_holds_batches_to_their_limit() -> None:
@@ -143,30 +186,34 @@ def test_ctrl_c_ends_the_demo_cleanly(mode: list[str], phase: str) -> None:
     # With batches of one row the served phase is the slow one, so it cannot end before the
     # signal is there.
     options = ["--actors", "4", "--steps", "4000", "--max-batch-size", "1", *mode]
-    with subprocess.Popen(
-        [sys.executable, str(DEMO), *options],
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stderr is not None
-        try:
-            seen = ""
-            # Not at the bar's first sight: that is from inside tqdm, which does not like to be
-            # interrupted half-made.
-            while not re.search(rf"{phase}: +[1-9]", seen):
-                character = process.stderr.read(1)
-                assert character, f"ended before {phase!r}:\n{seen}"
-                seen += character
-            process.send_signal(signal.SIGINT)
-            _, rest = process.communicate(timeout=TIMEOUT_S)
-        finally:
-            process.kill()
-    assert process.returncode == 130
-    assert "Traceback" not in rest
-    assert rest.splitlines()[-1] == "stopped"
+    # Not at the bar's first sight: that is from inside tqdm, which does not like to be
+    # interrupted half-made.
+    stopped(interrupted(DEMO, *options, after=rf"{phase}: +[1-9]"))
+
+
+@unix_only
+def test_actors_in_processes_report_what_they_did() -> None:
+    """The table accounts for a request per step of each process, and a row per environment."""
+    out = succeeded(run(PROCESSES, "--processes", "2", "--envs", "3", "--steps", "12"))
+    assert column(out, "requests") == 2 * 12
+    assert column(out, "steps/s") * column(out, "seconds") == pytest.approx(2 * 3 * 12, rel=0.1)
+    accounts_for(out, rows=2 * 3 * 12)
+
+
+@unix_only
+def test_actors_in_processes_play_atari() -> None:
+    """With --env, the processes play Pong from pixels."""
+    options = ["--env", "ALE/Pong-v5", "--processes", "2", "--envs", "2", "--steps", "3"]
+    out = succeeded(run(PROCESSES, *options))
+    assert column(out, "requests") == 2 * 3
+    accounts_for(out, rows=2 * 2 * 3)
+
+
+@unix_only
+def test_ctrl_c_ends_actors_in_processes_cleanly() -> None:
+    """Ctrl-C ends the program, its actors and its server with one word and no traceback."""
+    options = ["--processes", "2", "--envs", "1", "--steps", "1000000"]
+    stopped(interrupted(PROCESSES, *options, after=r" [1-9][0-9.]*k/"))
 
 
 # -- the pages ----------------------------------------------------------------
