@@ -212,10 +212,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--env", default="CartPole-v1", help="default: %(default)s")
     parser.add_argument("--processes", type=at_least_one, default=8, help="default: %(default)s")
     parser.add_argument(
-        "--envs", type=at_least_one, help="per process; default: 32, or 8 of an Atari game"
+        "--envs", type=at_least_one, help="per process; default: 32, or 8 for Atari"
     )
     parser.add_argument(
-        "--steps", type=at_least_one, help="per environment; default: 5000, or 500 of an Atari game"
+        "--steps", type=at_least_one, help="per environment; default: 5000, or 500 for Atari"
     )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
