@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import random
 import signal
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -225,14 +224,14 @@ def wreak_havoc(said: Said, transport: MPTransport, seed: int, *, deadly: bool) 
     """Ask, cancel, time out, send what cannot be served, perhaps die; check every answer."""
     said.hear()
     chance = random.Random(seed)
-    ends: Counter[tuple[int, int]] = Counter()
     handle = channel.Channel._handle
 
     def counting(self: Any, kind: wire.Kind, body: bytearray) -> None:
         if kind in (wire.Kind.REPLY, wire.Kind.ERROR, wire.Kind.DROPPED):
-            number = (id(self), int.from_bytes(body[:8], "little"))
-            ends[number] += 1
-            assert ends[number] == 1, "answered twice"
+            ends = vars(self).setdefault("_ends", set())
+            number = bytes(body[:8])
+            assert number not in ends, "answered twice"
+            ends.add(number)
         handle(self, kind, body)
 
     channel.Channel._handle = counting  # type: ignore[method-assign]  # this process is a fork
