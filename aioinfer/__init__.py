@@ -22,6 +22,7 @@ from aioinfer.weights.delivery import SendReport
 from aioinfer.weights.in_process import InProcessWeightSyncScheme
 from aioinfer.weights.manifest import Manifest
 from aioinfer.weights.receiving import Staged
+from aioinfer.weights.shared_memory import SharedMemWeightSyncScheme
 
 __version__ = "0.1.0"
 
@@ -42,6 +43,7 @@ __all__ = [
     "ServerClosedError",
     "ServerDiedError",
     "ServerStats",
+    "SharedMemWeightSyncScheme",
     "Staged",
     "SyncInferenceClient",
     "ThreadingTransport",

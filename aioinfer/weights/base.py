@@ -121,7 +121,7 @@ class WeightSyncScheme(abc.ABC):
         self._sent = 0  # the last one passed on
         self._numbering = threading.Lock()
         self._sending = threading.RLock()  # one set of weights at a time
-        self._mailbox: Mailbox | None = None
+        self._mailbox: tuple[Mailbox, Link] | None = None
         self._links: list[Link] = []
 
     @staticmethod
@@ -322,8 +322,8 @@ class WeightSyncScheme(abc.ABC):
                 raise TypeError(f"model must be an nn.Module, got {model!r}")
             if device is not None:
                 model.to(arguments.device("device", device))
-            self._mailbox = Mailbox(model_id, model)
-            self.attach(self._mailbox)
+            mailbox = Mailbox(model_id, model)
+            self._mailbox = mailbox, self.attach(mailbox)
 
     async def receive(self, timeout: float | None = None) -> Staged | None:
         """Wait for weights newer than the last that were received; the newest count.
@@ -337,9 +337,9 @@ class WeightSyncScheme(abc.ABC):
         Raises:
             RuntimeError: :meth:`init_on_receiver` was not called with a model.
         """
-        mailbox = self._mailbox
-        if mailbox is None:
+        if self._mailbox is None:
             raise RuntimeError("call init_on_receiver(model=...) first; servers receive themselves")
+        mailbox, _ = self._mailbox
         if timeout is not None:
             timeout = arguments.duration("timeout", timeout)
         with contextlib.suppress(TimeoutError):
@@ -379,20 +379,18 @@ class WeightSyncScheme(abc.ABC):
         await anyio.to_thread.run_sync(self.connect, timeout, abandon_on_cancel=True)
 
     def close(self) -> None:
-        """End both ends, as far as there are any. Servers go on with the weights they have."""
+        """Send and receive no more. Servers go on with what they have, and wait for a sender."""
         with self._sending:
             if self._own_ticket is not None:
                 self._own_ticket = None
                 self._close_sender()
         if self._mailbox is not None:
-            self._mailbox.close()
+            self._mailbox[0].close()
+            self.detach(self._mailbox[1])
             self._mailbox = None
-        for link in list(self._links):
-            link.close()
-        self._links.clear()
 
     async def aclose(self) -> None:
-        """End both ends; the awaitable :meth:`close`."""
+        """Send and receive no more; the awaitable :meth:`close`."""
         await anyio.to_thread.run_sync(self.close)
 
     def attach(self, receiver: Receiver) -> Link:

@@ -8,11 +8,13 @@ import threading
 from typing import Any
 
 from aioinfer.clock import MonotonicClock
+from aioinfer.weights import threads
 from aioinfer.weights.base import Link, Ticket, WeightSyncScheme
+from aioinfer.weights.copying import copy_tensors
 from aioinfer.weights.delivery import Delivery, Stage
 from aioinfer.weights.reading import Weights
 from aioinfer.weights.receiving import Receiver
-from aioinfer.weights.slots import AtHand, copy_tensors
+from aioinfer.weights.slots import AtHand
 
 _clock = MonotonicClock()
 
@@ -80,7 +82,7 @@ class InProcessWeightSyncScheme(WeightSyncScheme):
             self._next = kept, delivery
             if not self._publishing:
                 self._publishing = True
-                threading.Thread(target=self._publish, name="aioinfer-weights", daemon=True).start()
+                threads.start(self._publish, lambda: None)
 
     def _publish(self) -> None:
         """Publish the newest weights, until there are no newer ones."""

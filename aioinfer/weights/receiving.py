@@ -17,10 +17,11 @@ from torch import nn
 
 import aioinfer.arguments as arguments
 from aioinfer.clock import Clock
+from aioinfer.weights.copying import copy_tensors
 from aioinfer.weights.delivery import Stage
 from aioinfer.weights.manifest import plan
 from aioinfer.weights.reading import Weights, read_module, set_extra_state
-from aioinfer.weights.slots import Mode, Outdated, Slots, Source, copy_tensors
+from aioinfer.weights.slots import Interrupted, Mode, Outdated, Slots, Source
 
 
 class Note(Protocol):
@@ -61,6 +62,10 @@ class Receiver(abc.ABC):
     @abc.abstractmethod
     def announce(self, version: int) -> None:
         """There is such a version, which will come if nothing goes wrong."""
+
+    @abc.abstractmethod
+    def watch(self, announced: Callable[[], int]) -> None:
+        """``announced()`` is the newest version that there is or will be."""
 
     @abc.abstractmethod
     def publish(
@@ -125,11 +130,16 @@ class Freshness:
         self._max_staleness = max_staleness
         self._max_age_s = max_age_s
         self._announced = 0
+        self._watched: Callable[[], int] | None = None
         self._since = clock()
 
     def announce(self, version: int) -> None:
         """There is such a version."""
         self._announced = max(self._announced, version)
+
+    def watch(self, announced: Callable[[], int]) -> None:
+        """``announced()`` is the newest version that there is or will be."""
+        self._watched = announced
 
     def renewed(self) -> None:
         """New weights are in service."""
@@ -138,7 +148,12 @@ class Freshness:
     @property
     def staleness(self) -> int:
         """Versions that the weights in service are behind the newest one announced."""
-        return max(0, self._announced - self._slots.current.version)
+        return max(0, self._newest() - self._slots.current.version)
+
+    def _newest(self) -> int:
+        if self._watched is not None:
+            self._announced = max(self._announced, self._watched())
+        return self._announced
 
     @property
     def age_s(self) -> float:
@@ -200,6 +215,10 @@ class ServedWeights(Receiver):
         """There is such a version."""
         self._freshness.announce(version)
 
+    def watch(self, announced: Callable[[], int]) -> None:
+        """``announced()`` is the newest version that there is or will be."""
+        self._freshness.watch(announced)
+
     def publish(
         self,
         source: Source,
@@ -227,6 +246,9 @@ class ServedWeights(Receiver):
             return
         except TimeoutError:
             return  # whoever waits notices
+        except Interrupted as error:
+            note(Stage.GONE, str(error))
+            return
         except Exception as error:
             self._count("weights_refused", 1)
             note(Stage.REFUSED, str(error) or repr(error))
@@ -294,6 +316,9 @@ class Mailbox(Receiver):
         return self._version
 
     def announce(self, version: int) -> None:
+        """Nothing follows from it here."""
+
+    def watch(self, announced: Callable[[], int]) -> None:
         """Nothing follows from it here."""
 
     def publish(

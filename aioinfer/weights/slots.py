@@ -24,6 +24,7 @@ from torch import nn
 
 from aioinfer.errors import WeightSyncError
 from aioinfer.shortcut import shortcut
+from aioinfer.weights.copying import copy_tensors
 from aioinfer.weights.manifest import Manifest, Plan, plan
 from aioinfer.weights.reading import Weights, read_module, set_extra_state
 from aioinfer.weights.streams import Streams
@@ -50,7 +51,7 @@ class Source(Protocol):
                 still needed if the rest never comes.
 
         Raises:
-            WeightSyncError: the rest will not come; what the targets hold is undefined.
+            Interrupted: the rest will not come; what the targets hold is undefined.
         """
 
 
@@ -74,6 +75,10 @@ class Slot:
         self.call = call
         self.users = 0
         self.marks: Any = None
+
+
+class Interrupted(WeightSyncError):
+    """The rest of some weights will not come."""
 
 
 class Outdated(WeightSyncError):
@@ -326,12 +331,6 @@ class Slots:
         if missing:
             extra = self._weights(self.current).extra
             set_extra_state(_module(spare.model), {name: extra[name] for name in missing})
-
-
-def copy_tensors(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-    """Copy tensor by tensor, in one call."""
-    with torch.no_grad():
-        torch._foreach_copy_(list(targets), list(sources))
 
 
 class AtHand:
