@@ -83,7 +83,7 @@ class Doorbell:
             elif not urgent:
                 # Of a short message, a Unix socket takes all or nothing.
                 with contextlib.suppress(BlockingIOError):
-                    sent = self._socket.send(data, socket.MSG_DONTWAIT)
+                    sent = self._socket.sendmsg([data], [], socket.MSG_DONTWAIT)
                 if not sent:
                     return
             while sent < len(data):

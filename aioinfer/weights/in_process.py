@@ -108,7 +108,7 @@ class InProcessWeightSyncScheme(WeightSyncScheme):
     # -- the receiver's end -------------------------------------------------
 
     def _open_receiver(self, receiver: Receiver) -> Link:
-        link = _InProcessLink(self, receiver)
+        link = self._make_link(receiver)
         with self._changed:
             self._receivers.append(link)
             self._changed.notify_all()
@@ -116,6 +116,9 @@ class InProcessWeightSyncScheme(WeightSyncScheme):
             if self._kept is not None:
                 self._offer(link)
         return link
+
+    def _make_link(self, receiver: Receiver) -> _InProcessLink:
+        return _InProcessLink(self, receiver)
 
     def _offer(self, link: _InProcessLink) -> None:
         """Bring a receiver the newest weights, if its own are older."""

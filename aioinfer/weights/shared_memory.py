@@ -213,8 +213,8 @@ class _SharedMemLink(Link):
             if reading:
                 notes.append((stage, why, serves))
             else:
-                with contextlib.suppress(OSError):
-                    doorbell.send((False, version, stage, why, serves))
+                with contextlib.suppress(OSError):  # on anybody's thread, even an event loop's
+                    doorbell.send((False, version, stage, why, serves), urgent=False)
 
         self._receiver.publish(source, version, self._epoch, note, taking=self._taking)
         reading = False

@@ -26,6 +26,9 @@ from aioinfer.weights.reading import Weights
 _log = logging.getLogger("aioinfer")
 
 
+_JOIN_S = 5.0
+
+
 class Peer:
     """One receiver, as the sender sees it."""
 
@@ -84,7 +87,7 @@ class Sender:
         self._listener = address.listen()
         self._listener.setblocking(True)
         self.write(weights, Delivery(version, "none"))
-        threads.start(self._accept, self.close)
+        self._accepting = threads.start(self._accept, self.close)
 
     @property
     def newest(self) -> Weights:
@@ -255,6 +258,8 @@ class Sender:
                 peer.doorbell.shut_down()
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
+        if threading.current_thread() is not self._accepting:
+            self._accepting.join(_JOIN_S)  # until then, nobody else can listen there
         self._address.unlink()
         self._close_descriptors()
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import atexit
 import threading
-import weakref
 from collections.abc import Callable
 
 _JOIN_S = 5.0
-_running: weakref.WeakKeyDictionary[threading.Thread, Callable[[], None]] = (
-    weakref.WeakKeyDictionary()
-)
+_running: dict[threading.Thread, Callable[[], None]] = {}
 
 
 def start(run: Callable[[], None], stop: Callable[[], None]) -> threading.Thread:
@@ -20,7 +17,14 @@ def start(run: Callable[[], None], stop: Callable[[], None]) -> threading.Thread
         run: the function.
         stop: makes it return soon; called if it still runs when the interpreter exits.
     """
-    thread = threading.Thread(target=run, name="aioinfer-weights", daemon=True)
+
+    def until_stopped() -> None:
+        try:
+            run()
+        finally:
+            del _running[thread]
+
+    thread = threading.Thread(target=until_stopped, name="aioinfer-weights", daemon=True)
     _running[thread] = stop
     thread.start()
     return thread
