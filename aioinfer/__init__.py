@@ -17,6 +17,7 @@ from aioinfer.transports.asyncio import AsyncioTransport
 from aioinfer.transports.base import InferenceTransport
 from aioinfer.transports.mp import MPTransport
 from aioinfer.transports.threading import ThreadingTransport
+from aioinfer.weights import torchrl as torchrl  # it registers itself
 from aioinfer.weights.base import Ticket, WeightSyncScheme
 from aioinfer.weights.delivery import SendReport
 from aioinfer.weights.in_process import InProcessWeightSyncScheme

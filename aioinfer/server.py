@@ -187,13 +187,14 @@ class InferenceServer:
             version_key=arguments.key("policy_version_key", policy_version_key),
             return_inputs=arguments.flag("return_inputs", return_inputs),
         )
-        limited, tag = self._freshness.limited, staleness_policy == "tag"
+        tags = self._freshness.limited and staleness_policy == "tag"
+        self._holds_back = self._freshness.limited and not tags
         self._forward = ForwardPass(
             self._slots,
             collator,
             self._clock,
             self._sizes,
-            self._freshness if limited and tag else None,
+            self._freshness if tags else None,
         )
         self._recorder = StatsRecorder(self._clock())
         self._serving: Serving | None = None
@@ -342,7 +343,7 @@ class InferenceServer:
             self._recorder,
             self._clock,
             self._admit,
-            self._freshness if self._freshness.limited else None,
+            self._freshness if self._holds_back else None,
         )
         # First the weights, so that the first answer is of the newest there are.
         if self._weight_sync is not None:
@@ -459,7 +460,7 @@ class InferenceServer:
 
     def _on_new_weights(self) -> None:
         serving = self._serving
-        if serving is not None and self._freshness.limited and self.is_alive:
+        if serving is not None and self._holds_back and self.is_alive:
             serving.weights_changed()
 
     def _not_on_loop(self, what: str, instead: str) -> None:

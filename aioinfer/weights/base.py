@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import logging
 import threading
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import anyio.to_thread
@@ -29,6 +30,10 @@ from aioinfer.weights.slots import Mode
 
 _log = logging.getLogger("aioinfer")
 _clock = MonotonicClock()
+
+
+adapters: list[Callable[[Any], WeightSyncScheme | None]] = []
+"""Make schemes of what is none by itself."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +138,10 @@ class WeightSyncScheme(abc.ABC):
         """
         if isinstance(weight_sync, WeightSyncScheme):
             return weight_sync
+        for adapt in adapters:
+            adapted = adapt(weight_sync)
+            if adapted is not None:
+                return adapted
         raise TypeError(f"weight_sync must be a WeightSyncScheme or None, got {weight_sync!r}")
 
     @property

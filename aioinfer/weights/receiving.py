@@ -51,6 +51,7 @@ class Receiver(abc.ABC):
     """
 
     def __init__(self, model_id: str) -> None:
+        self.model_id = model_id
         self.name = f"{model_id}#{next(_numbers)}@{os.getpid()}"
         """Names it in a :class:`~aioinfer.SendReport`."""
 

@@ -83,8 +83,8 @@ class Sender:
         self._sequence = 0
         self._extra: dict[str, Any] = {}
         self._closed = False
-        self._announcement = Announcement()
         self._listener = address.listen()
+        self._announcement = Announcement()
         self._listener.setblocking(True)
         self.write(weights, Delivery(version, "none"))
         self._accepting = threads.start(self._accept, self.close)

@@ -114,6 +114,8 @@ class Hooks:
             training = InThread(train)
             actors = [InThread(act) for _ in range(4)]
             try:
+                for actor in actors:
+                    actor.thread.join(50)
                 seen = [actor.result() for actor in actors]
             finally:
                 over.set()
