@@ -24,7 +24,7 @@ import aioinfer.arguments as arguments
 from aioinfer.clock import MonotonicClock, epoch_now
 from aioinfer.weights.delivery import Delivery, SendReport, Wait
 from aioinfer.weights.manifest import Manifest
-from aioinfer.weights.reading import Weights, complete, read
+from aioinfer.weights.reading import ModuleReader, Weights, complete, read
 from aioinfer.weights.receiving import Mailbox, Receiver, Staged, Taking
 from aioinfer.weights.slots import Mode
 
@@ -126,6 +126,7 @@ class WeightSyncScheme(abc.ABC):
         self._sent = 0  # the last one passed on
         self._numbering = threading.Lock()
         self._sending = threading.RLock()  # one set of weights at a time
+        self._reader: ModuleReader | None = None  # of the model that was sent last
         self._mailbox: tuple[Mailbox, Link] | None = None
         self._links: list[Link] = []
 
@@ -245,10 +246,18 @@ class WeightSyncScheme(abc.ABC):
         if wait not in ("applied", "staged", "none"):
             raise ValueError(f"wait must be 'applied', 'staged' or 'none', got {wait!r}")
         arguments.duration("timeout", timeout)
-        source = read(_one_of(model, weights))
+        source = self._read(_one_of(model, weights))
         if self._require_finite:
             source.check_finite()
         return source
+
+    def _read(self, source: Any) -> Weights:
+        if not isinstance(source, nn.Module):
+            return read(source)
+        reader = self._reader
+        if reader is None or not reader.reads(source):
+            reader = self._reader = ModuleReader(source)
+        return reader.read()
 
     def _number(self, version: int | None) -> int:
         with self._numbering:

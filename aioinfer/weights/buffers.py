@@ -86,7 +86,9 @@ class Buffer:
             size = os.fstat(self._descriptor).st_size
             if size < pieces.nbytes or not cannot_shrink(self._descriptor):
                 raise ValueError(f"memory of {size} bytes, or less later, for {pieces.nbytes}")
-            self._memory = mmap.mmap(self._descriptor, pieces.nbytes)
+            # All pages at once: one by one, they would cost more than the first copy.
+            flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+            self._memory = mmap.mmap(self._descriptor, pieces.nbytes, flags)
         finally:
             if not own:
                 self.close()

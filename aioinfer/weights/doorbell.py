@@ -21,6 +21,8 @@ WRITE_TIMEOUT_S = 5
 HELLO_TIMEOUT_S = 5.0
 """Seconds in which it must prove what it knows."""
 _HEAD = struct.Struct("<I")
+_INT = struct.Struct("i")
+_ANCILLARY_NBYTES = socket.CMSG_SPACE(_INT.size)
 _NONCE_NBYTES = 32
 
 
@@ -98,8 +100,8 @@ class Doorbell:
         Raises:
             OSError: the other end is gone, or this one was shut down.
         """
-        head, descriptors, _, _ = socket.recv_fds(self._socket, _HEAD.size, 1)
-        descriptor = descriptors[0] if descriptors else None
+        head, ancillary, _, _ = self._socket.recvmsg(_HEAD.size, _ANCILLARY_NBYTES)
+        descriptor = _INT.unpack(ancillary[0][2][: _INT.size])[0] if ancillary else None
         try:
             head += self._exactly(_HEAD.size - len(head)) if head else b""
             if not head:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -108,7 +109,62 @@ def read_module(module: nn.Module) -> Weights:
     return named.weights()
 
 
-def set_extra_state(module: nn.Module, extra: Mapping[str, Any]) -> None:
+class ModuleReader:
+    """Reads the weights of one module again and again, for less.
+
+    What was read is used again as long as every parameter and buffer is the same tensor at the
+    same place, and none has come or gone.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = weakref.ref(module)
+        self._known: Weights | None = None
+        self._places: list[tuple[dict[str, Any], str, torch.Tensor, int]] = []
+        self._counts: list[tuple[dict[str, Any], int]] = []
+
+    def reads(self, module: nn.Module) -> bool:
+        """Whether this is for ``module``."""
+        return self._module() is module
+
+    def read(self) -> Weights:
+        """Return the module's weights, as :func:`read_module` does."""
+        known = self._known
+        if known is not None and self._is_current():
+            return known
+        module = self._module()
+        assert module is not None
+        weights = read_module(module)
+        # Extra state can change without a trace, and some modules keep tensors elsewhere.
+        self._known = weights if not weights.extra and self._find(module) else None
+        return weights
+
+    def _is_current(self) -> bool:
+        for owner, count in self._counts:
+            if len(owner) != count:
+                return False
+        for owner, name, tensor, address in self._places:
+            if owner.get(name) is not tensor or tensor.data_ptr() != address:
+                return False
+        return True
+
+    def _find(self, module: nn.Module) -> bool:
+        modules = list(module.modules())
+        owners: list[dict[str, Any]] = [
+            owner for inner in modules for owner in (inner._parameters, inner._buffers)
+        ]
+        self._places = [
+            (owner, name, tensor, tensor.data_ptr())
+            for owner in owners
+            for name, tensor in owner.items()
+            if tensor is not None
+        ]
+        owners += [inner._modules for inner in modules]
+        self._counts = [(owner, len(owner)) for owner in owners]
+        found = {id(tensor) for _, _, tensor, _ in self._places}
+        return found == {id(tensor) for _, tensor in _named_tensors(module)}
+
+
+def set_extra_state(module: Any, extra: Mapping[str, Any]) -> None:
     """Give the extra states to the modules that they belong to."""
     if not extra:
         return

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
-import threading
+import socket
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -14,23 +13,15 @@ import torch
 
 from aioinfer.errors import WeightSyncError
 from aioinfer.transports.address import Address
-from aioinfer.weights import threads
 from aioinfer.weights.base import Link, Ticket, WeightSyncScheme
 from aioinfer.weights.buffers import PIECE_NBYTES, Announcement, Buffer, Pieces
-from aioinfer.weights.delivery import Delivery, Stage
+from aioinfer.weights.delivery import Delivery
+from aioinfer.weights.distant import DistantLink
 from aioinfer.weights.doorbell import Doorbell
 from aioinfer.weights.reading import Weights
 from aioinfer.weights.receiving import Receiver
 from aioinfer.weights.shared_sender import Sender
 from aioinfer.weights.slots import Interrupted
-
-_log = logging.getLogger("aioinfer")
-
-_FIRST_DELAY_S = 0.01
-_LAST_DELAY_S = 0.25
-"""Seconds between two looks for a sender: the first, and in the end."""
-_GREETING_S = 5.0
-"""Seconds that a server's start waits for a sender who is there."""
 
 
 class SharedMemWeightSyncScheme(WeightSyncScheme):
@@ -109,116 +100,39 @@ class SharedMemWeightSyncScheme(WeightSyncScheme):
         self._begin()
 
 
-class _SharedMemLink(Link):
-    """A thread that finds the sender, listens to it, and reads what it has written."""
+class _SharedMemLink(DistantLink):
+    """Reads what the sender has written."""
 
     def __init__(self, scheme: WeightSyncScheme, receiver: Receiver, address: Address) -> None:
-        self._taking = scheme._taking
-        self._receiver = receiver
         self._address = address
-        self._offered = threading.Event()
-        """Set while there is a sender, once its newest weights have been dealt with."""
-        self._looked = threading.Event()
-        """Set once it is known whether there is a sender."""
-        self._closed = threading.Event()
-        self._lock = threading.Lock()
-        self._doorbell: Doorbell | None = None
-        self._epoch = 0
+        self._pieces: Pieces | None = None
         self._buffers: dict[int, Buffer] = {}
-        threads.start(self._run, self.close)
+        super().__init__(scheme, receiver, address.token)
 
-    def wait(self, timeout: float | None) -> bool:
-        """Block until a sender's newest weights have been dealt with."""
-        return self._offered.wait(timeout)
+    def _connect(self) -> socket.socket:
+        return self._address.connect()
 
-    def greet(self) -> None:
-        """Block until they have been, if there is a sender; not for long."""
-        self._looked.wait(_GREETING_S)
-
-    def close(self) -> None:
-        """Take no more weights. The thread ends by itself."""
-        self._closed.set()
-        with self._lock:
-            if self._doorbell is not None:
-                self._doorbell.shut_down()
-
-    def forget(self) -> None:
-        """Let go, in a forked child, of what belongs to the parent."""
-        if self._doorbell is not None:
-            self._doorbell.close()
-
-    # -- on the thread ------------------------------------------------------
-
-    def _run(self) -> None:
-        delay_s = _FIRST_DELAY_S
-        while not self._closed.is_set():
-            try:
-                doorbell = Doorbell(self._address.connect())
-            except OSError:  # nobody is there yet
-                delay_s = min(2 * delay_s, _LAST_DELAY_S)
-            else:
-                delay_s = _FIRST_DELAY_S
-                with self._lock:
-                    self._doorbell = doorbell
-                try:
-                    self._listen_to(doorbell)
-                except OSError as error:
-                    _log.debug("the sender of weights is gone: %s", error)
-                except Exception as error:
-                    _log.warning("what the sender of weights says makes no sense: %r", error)
-                    delay_s = _LAST_DELAY_S
-                with self._lock:
-                    self._doorbell = None
-                doorbell.close()
-                self._offered.clear()
-                self._buffers.clear()
-            self._looked.set()
-            self._closed.wait(delay_s)
-
-    def _listen_to(self, doorbell: Doorbell) -> None:
-        if self._closed.is_set():
-            return
-        doorbell.prove(self._address.token, b"receiver", b"sender")
-        doorbell.send((self._receiver.name, self._receiver.version))
-        (self._epoch, manifest, piece_nbytes), descriptor = doorbell.receive()
-        pieces = Pieces(manifest, piece_nbytes)
+    def _welcomed(self, doorbell: Doorbell) -> int:
+        (epoch, manifest, piece_nbytes), descriptor = doorbell.receive()
+        self._pieces = Pieces(manifest, piece_nbytes)
         announcement = Announcement(descriptor)
-        self._receiver.watch(lambda: announcement.version)
-        while True:
-            (kind, *about), descriptor = doorbell.receive()
-            if kind == "weights":
-                version, where, extra = about
-                self._take(doorbell, pieces, version, where, extra, descriptor)
-            if kind != "more":  # that is of weights which were refused before they were read
-                self._offered.set()
-                self._looked.set()
+        self.receiver.watch(lambda: announcement.version)
+        return int(epoch)
 
-    def _take(
-        self,
-        doorbell: Doorbell,
-        pieces: Pieces,
-        version: int,
-        where: tuple[int, int, int],
-        extra: Any,
-        descriptor: int | None,
-    ) -> None:
+    def _source(
+        self, doorbell: Doorbell, version: int, where: Any, extra: Any, descriptor: int | None
+    ) -> _Incoming:
         number, sequence, written = where
+        assert self._pieces is not None
         if descriptor is not None:
-            self._buffers[number] = Buffer(pieces, descriptor)
-        source = _Incoming(doorbell, pieces, self._buffers[number], sequence, written, extra)
-        notes: list[tuple[Stage, str, int]] = []
-        reading = True
+            self._buffers[number] = Buffer(self._pieces, descriptor)
+        return _Incoming(doorbell, self._pieces, self._buffers[number], sequence, written, extra)
 
-        def note(stage: Stage, why: str = "", serves: int = 0) -> None:
-            if reading:
-                notes.append((stage, why, serves))
-            else:
-                with contextlib.suppress(OSError):  # on anybody's thread, even an event loop's
-                    doorbell.send((False, version, stage, why, serves), urgent=False)
+    def _taken(self, source: Any) -> None:
+        pass
 
-        self._receiver.publish(source, version, self._epoch, note, taking=self._taking)
-        reading = False
-        doorbell.send((True, version, *notes[-1]))
+    def _disconnected(self) -> None:
+        self._buffers.clear()
 
 
 class _Incoming:

@@ -26,7 +26,7 @@ from aioinfer.errors import WeightSyncError
 from aioinfer.shortcut import shortcut
 from aioinfer.weights.copying import copy_tensors
 from aioinfer.weights.manifest import Manifest, Plan, plan
-from aioinfer.weights.reading import Weights, read_module, set_extra_state
+from aioinfer.weights.reading import ModuleReader, Weights, read_module, set_extra_state
 from aioinfer.weights.streams import Streams
 
 T = TypeVar("T")
@@ -64,10 +64,11 @@ class Slot:
         call: does what ``model`` does, perhaps for less. The addresses of the model's parameters
             stay the same as long as this is the same.
         users: the batches that use it now.
+        reader: reads the model's weights.
         marks: what :class:`~aioinfer.weights.streams.Streams` remembers about it.
     """
 
-    __slots__ = ("call", "marks", "model", "users", "version")
+    __slots__ = ("call", "marks", "model", "reader", "users", "version")
 
     def __init__(self, model: Policy, version: int, call: Policy) -> None:
         self.model = model
@@ -75,6 +76,7 @@ class Slot:
         self.call = call
         self.users = 0
         self.marks: Any = None
+        self.reader = ModuleReader(model) if isinstance(model, nn.Module) else None
 
 
 class Interrupted(WeightSyncError):
@@ -233,7 +235,7 @@ class Slots:
                     targets = self._targets(source, slot, cast, partial)
                     with self._streams.writing(slot):
                         source.copy_into(targets, whole=True)
-                        set_extra_state(_module(slot.model), source.extra)
+                        set_extra_state(slot.model, source.extra)
                     return self._serve(slot, version, epoch)
 
             return self._run_between(write, timeout)
@@ -250,7 +252,7 @@ class Slots:
                 with self._streams.writing(spare):
                     source.copy_into(targets, whole=False)
                     self._fill(targets, source, spare)
-                    set_extra_state(_module(spare.model), source.extra)
+                    set_extra_state(spare.model, source.extra)
                 return self._serve(spare, version, epoch)
 
     def _run_between(self, function: Callable[[], T], timeout: float | None) -> T:
@@ -302,7 +304,11 @@ class Slots:
         return slot
 
     def _weights(self, slot: Slot) -> Weights:
-        return read_module(_module(slot.model))
+        if slot.reader is None:
+            raise WeightSyncError(
+                f"weights can only be served by an nn.Module, and the policy is {slot.model!r}"
+            )
+        return slot.reader.read()
 
     def _targets(
         self, source: Source, slot: Slot, cast: bool, partial: bool
@@ -330,7 +336,7 @@ class Slots:
         missing = set(self._planned[0].extra) - set(self._planned[1].extra)
         if missing:
             extra = self._weights(self.current).extra
-            set_extra_state(_module(spare.model), {name: extra[name] for name in missing})
+            set_extra_state(spare.model, {name: extra[name] for name in missing})
 
 
 class AtHand:
@@ -346,14 +352,6 @@ class AtHand:
         pairs = zip(targets, self._weights.tensors, strict=True)
         wanted = [(target, tensor) for target, tensor in pairs if target is not None]
         copy_tensors([target for target, _ in wanted], [tensor for _, tensor in wanted])
-
-
-def _module(model: Any) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise WeightSyncError(
-            f"weights can only be served by an nn.Module, and the policy is {model!r}"
-        )
-    return model
 
 
 def _addresses(model: Any) -> list[int]:

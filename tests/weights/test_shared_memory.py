@@ -84,7 +84,7 @@ class Mortal(SharedMemWeightSyncScheme):
 
         class MortalSender(Sender):
             def _wrote(self, piece: int) -> None:
-                if self._version == 2 and piece + 1 >= leaves:
+                if self.version == 2 and piece + 1 >= leaves:
                     os.kill(os.getpid(), signal.SIGKILL)
 
             def write(self, weights: Any, delivery: Any) -> None:
@@ -134,7 +134,7 @@ def test_a_server_that_is_killed() -> None:
     scheme.init_on_sender(model=model)
     process = ProcessInferenceServer(Uniform, ctx=FORK, weight_sync=scheme)
     with process, InferenceServer(Uniform(), weight_sync=scheme) as other:
-        wait_until(lambda: len(scheme._sender._peers) == 2)
+        wait_until(lambda: len(scheme._sender.peers) == 2)
         assert len(scheme.send(model=model.set_to(1)).applied) == 2
         os.kill(process.pid, signal.SIGSTOP)
         for version in range(2, 50):
@@ -143,7 +143,7 @@ def test_a_server_that_is_killed() -> None:
             assert len(report.timed_out) == 1
         assert check(other.sync_client()(row(1)), 0) >= 48
         os.kill(process.pid, signal.SIGKILL)
-        wait_until(lambda: len(scheme._sender._peers) == 1)
+        wait_until(lambda: len(scheme._sender.peers) == 1)
         report = scheme.send(model=model.set_to(60), version=60)
         assert report.ok
         assert len(scheme._sender._buffers) <= 3
@@ -162,7 +162,7 @@ def test_a_server_killed_during_a_send() -> None:
         scheme.connect(10)
         os.kill(process.pid, signal.SIGSTOP)
         sending = InThread(scheme.send, model=model.set_to(1))
-        wait_until(lambda: any(peer.deliveries for peer in scheme._sender._peers))
+        wait_until(lambda: any(peer.deliveries for peer in scheme._sender.peers))
         os.kill(process.pid, signal.SIGKILL)
         report = sending.result()
         assert len(report.gone) == 1
@@ -208,7 +208,7 @@ def test_who_does_not_know_the_token() -> None:
     stranger._address = stranger._address._replace(token=bytes(32))
     with InferenceServer(Uniform(), weight_sync=stranger) as server:
         assert check(server.sync_client()(row(1)), 0) == 0
-    assert not scheme._sender._peers
+    assert not scheme._sender.peers
     scheme.close()
 
 
