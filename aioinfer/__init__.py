@@ -20,6 +20,7 @@ from aioinfer.transports.threading import ThreadingTransport
 from aioinfer.weights import torchrl as torchrl  # it registers itself
 from aioinfer.weights.base import Ticket, WeightSyncScheme
 from aioinfer.weights.delivery import SendReport
+from aioinfer.weights.distributed import DistributedWeightSyncScheme
 from aioinfer.weights.in_process import InProcessWeightSyncScheme
 from aioinfer.weights.manifest import Manifest
 from aioinfer.weights.receiving import Staged
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AsyncioTransport",
+    "DistributedWeightSyncScheme",
     "InProcessWeightSyncScheme",
     "InferenceClient",
     "InferenceError",

@@ -5,14 +5,20 @@ from __future__ import annotations
 import abc
 import contextlib
 import logging
+import os
 import socket
 import threading
+import weakref
+from collections.abc import Callable
 from typing import Any
 
+from aioinfer.errors import WeightSyncError
 from aioinfer.weights import threads
-from aioinfer.weights.base import Link, WeightSyncScheme
-from aioinfer.weights.delivery import Stage
+from aioinfer.weights.base import Link, Ticket, WeightSyncScheme
+from aioinfer.weights.delivery import Delivery, Stage
 from aioinfer.weights.doorbell import Doorbell
+from aioinfer.weights.hub import Hub
+from aioinfer.weights.reading import Weights
 from aioinfer.weights.receiving import Receiver
 from aioinfer.weights.slots import Source
 
@@ -23,6 +29,95 @@ _LAST_DELAY_S = 0.25
 """Seconds between two looks for a sender: the first, and in the end."""
 _GREETING_S = 5.0
 """Seconds that a server's start waits for a sender who is there."""
+
+
+class DistantScheme(WeightSyncScheme):
+    """A scheme whose sender is a :class:`Hub` that receivers connect to."""
+
+    _address: Any
+    """Where the sender is; a scheme has it from the beginning, and so have its copies."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_address": self._address}
+
+    def _begin(self) -> None:
+        super()._begin()
+        self._sender: Any = None
+        _schemes.add(self)
+
+    def _open_sender(self, weights: Weights, ticket: Ticket) -> Any:
+        catch_up = weakref.WeakMethod(self._catch_up)  # a forgotten scheme ends its sender
+
+        def overtaken(version: int) -> None:
+            if (method := catch_up()) is not None:
+                method(version)
+
+        try:
+            self._sender = self._make_sender(ticket, weights, overtaken)
+        except OSError as error:
+            raise WeightSyncError(
+                f"no sender can listen here ({error}); is another sender of this scheme at work?"
+            ) from error
+        self._end_sender = weakref.finalize(self, self._sender.close)
+        return self._address
+
+    def _newest(self) -> Weights:
+        newest: Weights = self._sender.newest
+        return newest
+
+    def _transmit(self, weights: Weights, delivery: Delivery, deadline: float) -> None:
+        self._sender.write(weights, delivery)
+
+    def _wait_for_receiver(self, timeout: float) -> bool:
+        sender = self._sender
+        return sender is not None and sender.wait_for_receiver(timeout)
+
+    def _close_sender(self) -> None:
+        self._end_sender()
+        self._sender = None
+
+    def _open_receiver(self, receiver: Receiver) -> Link:
+        address = self._address if self._ticket is None else self._ticket.address
+        return self._make_link(receiver, address)
+
+    def _after_fork(self) -> None:
+        """Forget, in a forked child, what belongs to the parent."""
+        if self._sender is not None:
+            self._end_sender.detach()
+            self._sender.forget()
+        for link in self._links:
+            if isinstance(link, DistantLink):
+                link.forget()
+        self._begin()
+
+    @abc.abstractmethod
+    def _make_sender(
+        self, ticket: Ticket, weights: Weights, overtaken: Callable[[int], None]
+    ) -> Hub:
+        """The sender, listening; ``overtaken`` is told the versions of receivers.
+
+        It has a property ``newest``, and a method ``write(weights, delivery)``, which returns
+        once the caller may change the weights.
+
+        Raises:
+            OSError: it cannot listen.
+        """
+
+    @abc.abstractmethod
+    def _make_link(self, receiver: Receiver, address: Any) -> DistantLink:
+        """The receiver's end."""
+
+
+_schemes: weakref.WeakSet[DistantScheme] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for scheme in list(_schemes):
+        with contextlib.suppress(Exception):
+            scheme._after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 class DistantLink(Link):

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import socket
-import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from aioinfer.errors import WeightSyncError
 from aioinfer.transports.address import Address
-from aioinfer.weights.base import Link, Ticket, WeightSyncScheme
+from aioinfer.weights.base import Ticket, WeightSyncScheme
 from aioinfer.weights.buffers import PIECE_NBYTES, Announcement, Buffer, Pieces
-from aioinfer.weights.delivery import Delivery
-from aioinfer.weights.distant import DistantLink
+from aioinfer.weights.distant import DistantLink, DistantScheme
 from aioinfer.weights.doorbell import Doorbell
 from aioinfer.weights.reading import Weights
 from aioinfer.weights.receiving import Receiver
@@ -24,7 +19,7 @@ from aioinfer.weights.shared_sender import Sender
 from aioinfer.weights.slots import Interrupted
 
 
-class SharedMemWeightSyncScheme(WeightSyncScheme):
+class SharedMemWeightSyncScheme(DistantScheme):
     """Brings weights to servers of the same host, in any process, through shared memory.
 
     One object, copies of it in other processes, or an object and a ticket, are the two ends. A
@@ -38,66 +33,15 @@ class SharedMemWeightSyncScheme(WeightSyncScheme):
         super().__init__(**options)
         self._address = Address.new()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_address": self._address}
+    def _make_sender(
+        self, ticket: Ticket, weights: Weights, overtaken: Callable[[int], None]
+    ) -> Sender:
+        return Sender(
+            self._address, ticket.epoch, weights, ticket.version, overtaken, self._piece_nbytes
+        )
 
-    def _begin(self) -> None:
-        super()._begin()
-        self._sender: Sender | None = None
-        _schemes.add(self)
-
-    # -- the sender's end ---------------------------------------------------
-
-    def _open_sender(self, weights: Weights, ticket: Ticket) -> Address:
-        catch_up = weakref.WeakMethod(self._catch_up)
-
-        def overtaken(version: int) -> None:
-            if (method := catch_up()) is not None:
-                method(version)
-
-        try:
-            self._sender = self._make_sender(
-                self._address, ticket.epoch, weights, ticket.version, overtaken, self._piece_nbytes
-            )
-        except OSError as error:
-            raise WeightSyncError(
-                "another sender of this scheme is at work; close it, or start another scheme"
-            ) from error
-        self._end_sender = weakref.finalize(self, self._sender.close)
-        return self._address
-
-    _make_sender = Sender
-
-    def _newest(self) -> Weights:
-        assert self._sender is not None
-        return self._sender.newest
-
-    def _transmit(self, weights: Weights, delivery: Delivery, deadline: float) -> None:
-        assert self._sender is not None
-        self._sender.write(weights, delivery)
-
-    def _wait_for_receiver(self, timeout: float) -> bool:
-        sender = self._sender
-        return sender is not None and sender.wait_for_receiver(timeout)
-
-    def _close_sender(self) -> None:
-        self._end_sender()
-        self._sender = None
-
-    # -- the receiver's end -------------------------------------------------
-
-    def _open_receiver(self, receiver: Receiver) -> Link:
-        address = self._address if self._ticket is None else self._ticket.address
+    def _make_link(self, receiver: Receiver, address: Address) -> _SharedMemLink:
         return _SharedMemLink(self, receiver, address)
-
-    def _after_fork(self) -> None:
-        if self._sender is not None:
-            self._end_sender.detach()
-            self._sender.forget()
-        for link in self._links:
-            if isinstance(link, _SharedMemLink):
-                link.forget()
-        self._begin()
 
 
 class _SharedMemLink(DistantLink):
@@ -174,15 +118,3 @@ class _Incoming:
         if kind != "more":
             raise ConnectionError(f"{kind} in the middle of weights")
         _, self._written = about
-
-
-_schemes: weakref.WeakSet[SharedMemWeightSyncScheme] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    for scheme in list(_schemes):
-        with contextlib.suppress(Exception):
-            scheme._after_fork()
-
-
-os.register_at_fork(after_in_child=_after_fork)

@@ -79,7 +79,7 @@ class Mortal(SharedMemWeightSyncScheme):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "leaves": self.leaves}
 
-    def _make_sender(self, *args: Any) -> Sender:
+    def _make_sender(self, ticket: Any, weights: Any, overtaken: Any) -> Sender:
         leaves = self.leaves
 
         class MortalSender(Sender):
@@ -92,7 +92,9 @@ class Mortal(SharedMemWeightSyncScheme):
                     os.kill(os.getpid(), signal.SIGKILL)
                 super().write(weights, delivery)
 
-        return MortalSender(*args)
+        return MortalSender(
+            self._address, ticket.epoch, weights, ticket.version, overtaken, self._piece_nbytes
+        )
 
 
 def _train_and_die(scheme: Mortal) -> None:
@@ -118,7 +120,7 @@ def test_a_trainer_that_is_killed(leaves: int, mode: Any) -> None:
         wait_until(lambda: not server._link._offered.is_set(), "the end to be noticed")
         assert check(client(row(1)), 0) == 1
         assert server.stats().weights_refused == 0
-        scheme.leaves = LEAVES + 1
+        scheme.leaves = LEAVES + 2
         model = small()
         scheme.init_on_sender(model=model)
         scheme.connect(10)
