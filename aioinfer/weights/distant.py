@@ -27,6 +27,9 @@ _log = logging.getLogger("aioinfer")
 _FIRST_DELAY_S = 0.01
 _LAST_DELAY_S = 0.25
 """Seconds between two looks for a sender: the first, and in the end."""
+_REST_S = 0.002
+"""Seconds between two sets of weights that nobody waits for: a thread that takes every one of
+thousands a second would be in the way of those that serve."""
 _GREETING_S = 5.0
 """Seconds that a server's start waits for a sender who is there."""
 
@@ -198,14 +201,16 @@ class DistantLink(Link):
         while True:
             (kind, *about), descriptor = doorbell.receive()
             if kind == "weights":
-                version, where, extra = about
+                version, hurry, where, extra = about
                 source = self._source(doorbell, version, where, extra, descriptor)
-                self._take(doorbell, source, version, epoch)
+                self._take(doorbell, source, version, epoch, hurry)
             if kind != "more":  # that is of weights which were refused before they were read
                 self._offered.set()
                 self._looked.set()
 
-    def _take(self, doorbell: Doorbell, source: Source, version: int, epoch: int) -> None:
+    def _take(
+        self, doorbell: Doorbell, source: Source, version: int, epoch: int, hurry: bool
+    ) -> None:
         notes: list[tuple[int, str, int]] = []
         reading = True
 
@@ -219,6 +224,8 @@ class DistantLink(Link):
         self.receiver.publish(source, version, epoch, note, taking=self._taking)
         self._taken(source)
         reading = False
+        if not hurry:  # the sender goes on meanwhile, and tells of its newest weights then
+            self._closed.wait(_REST_S)
         doorbell.send((True, version, *notes[-1]))
 
     # -- what a scheme adds -------------------------------------------------

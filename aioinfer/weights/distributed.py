@@ -8,6 +8,7 @@ header, buckets of bytes, and a footer; what follows a header is served only aft
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import logging
@@ -39,6 +40,7 @@ BUCKET_NBYTES = 1 << 24
 """Bytes in a bucket, about."""
 _ALIGNMENT = 16
 _CONNECT_S = 5.0
+_PORTS = range(15_000, 30_000)
 _GROUP_TIMEOUT = datetime.timedelta(seconds=30)
 _SENDER, _RECEIVER = 0, 1
 
@@ -70,9 +72,7 @@ class DistributedWeightSyncScheme(DistantScheme):
         super().__init__(**options)
         if not dist.is_available():
             raise RuntimeError("this torch was built without torch.distributed")
-        if port is None:
-            with socket.create_server((host, 0)) as free:
-                port = free.getsockname()[1]
+        port = _free_port(host) if port is None else port
         self._address = Place(host, port, secrets.token_bytes(32))
 
     def _make_sender(
@@ -200,7 +200,8 @@ class _DistributedSender(Hub):
                         return
                     weights, version = self._weights, self.version
                     peer.told, peer.reading = version, weights
-                peer.doorbell.send(("weights", version, None, dict(weights.extra)))
+                    message = ("weights", version, self.hurry(peer), None, dict(weights.extra))
+                peer.doorbell.send(message)
                 self._send_weights(group, weights, version)
         except (OSError, RuntimeError) as error:
             _log.debug("%s cannot be sent weights: %s", peer.name, error)
@@ -318,6 +319,16 @@ class _Arriving:
         self._receive(mark)
         if mark.tolist() != [self._version, len(self._buckets)]:
             raise RuntimeError(f"{mark.tolist()} instead of the mark of version {self._version}")
+
+
+def _free_port(host: str) -> int:
+    """A port that nobody listens on now, nor is likely to before the sender does."""
+    # Not one that the system chooses: those it gives to whoever connects or listens next.
+    for _ in range(100):
+        port = _PORTS[secrets.randbelow(len(_PORTS))]
+        with contextlib.suppress(OSError), socket.create_server((host, port)):
+            return port
+    raise OSError(f"no free port of {host} was found between {_PORTS[0]} and {_PORTS[-1]}")
 
 
 def _contiguous(target: torch.Tensor | None) -> torch.Tensor | None:

@@ -80,6 +80,10 @@ class Hub(abc.ABC):
             delivery.expect(peer.name)
             peer.deliveries[delivery.version] = delivery
 
+    def hurry(self, peer: Peer) -> bool:
+        """Whether somebody waits for the receiver's answer; the state is held."""
+        return any(delivery.wait != "none" for delivery in peer.deliveries.values())
+
     def send(self, peer: Peer, message: Any, descriptor: int | None = None) -> bool:
         """Tell a receiver; one that cannot be told is dropped, and the result false."""
         try:

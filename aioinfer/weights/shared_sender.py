@@ -113,7 +113,8 @@ class Sender(Hub):
         buffer = self._writing or self._latest
         assert buffer is not None
         known = self._known[peer.doorbell]
-        message = ("weights", self.version, (buffer.number, self._sequence, written), self._extra)
+        where = buffer.number, self._sequence, written
+        message = ("weights", self.version, self.hurry(peer), where, self._extra)
         descriptor = None if buffer.number in known else buffer.descriptor
         if not self.send(peer, message, descriptor):
             return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import multiprocessing
 import os
 import pickle
@@ -9,6 +10,8 @@ import signal
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed
 from helpers import row, wait_until
 
 from aioinfer import DistributedWeightSyncScheme, InferenceServer, WeightSyncError, WeightSyncScheme
@@ -18,6 +21,13 @@ from .models import Uniform
 from .suite import SchemeConformance, ThroughAProcess, check
 
 FORK = multiprocessing.get_context("fork")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _gloo_has_begun() -> None:
+    """Let Gloo make what it makes once per process, and keeps."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    torch.distributed.ProcessGroupGloo(store, 0, 1, datetime.timedelta(seconds=5))
 
 
 class OverGloo:
