@@ -346,9 +346,9 @@ class InferenceServer:
             self._freshness if self._holds_back else None,
         )
         # First the weights, so that the first answer is of the newest there are.
-        if self._weight_sync is not None:
-            await anyio.to_thread.run_sync(self._attach_weight_sync, self._weight_sync)
         try:
+            if self._weight_sync is not None:
+                await anyio.to_thread.run_sync(self._attach_weight_sync, self._weight_sync)
             await serving.open()
         except BaseException:
             self._detach_weight_sync()

@@ -385,12 +385,14 @@ class WeightSyncScheme(abc.ABC):
         deadline = _clock() + arguments.duration("timeout", timeout)
         if self._own_ticket is None and not self._links:
             raise RuntimeError("call init_on_sender() or init_on_receiver() first")
+        # First the receivers: those of this object may not have noticed yet that an earlier sender
+        # is gone.
+        sends = self._own_ticket is not None
+        if sends and not self._wait_for_receiver(max(0.0, deadline - _clock())):
+            raise TimeoutError(f"there was no receiver for {timeout} s")
         for link in list(self._links):
             if not link.wait(max(0.0, deadline - _clock())):
                 raise TimeoutError(f"there was no sender for {timeout} s")
-        alone = self._own_ticket is not None and not self._links
-        if alone and not self._wait_for_receiver(max(0.0, deadline - _clock())):
-            raise TimeoutError(f"there was no receiver for {timeout} s")
 
     async def aconnect(self, timeout: float = 60.0) -> None:
         """Wait until there is somebody at the other end; the awaitable :meth:`connect`."""

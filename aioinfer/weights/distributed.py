@@ -9,7 +9,6 @@ header, buckets of bytes, and a footer; what follows a header is served only aft
 from __future__ import annotations
 
 import contextlib
-import datetime
 import functools
 import logging
 import secrets
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed
 
+from aioinfer.clock import duration_of
 from aioinfer.weights import threads
 from aioinfer.weights.base import Ticket, WeightSyncScheme
 from aioinfer.weights.buffers import Pieces
@@ -41,7 +41,8 @@ BUCKET_NBYTES = 1 << 24
 _ALIGNMENT = 16
 _CONNECT_S = 5.0
 _PORTS = range(15_000, 30_000)
-_GROUP_TIMEOUT = datetime.timedelta(seconds=30)
+_GROUP_TIMEOUT = duration_of(30.0)
+_STORE_TIMEOUT = duration_of(2.0)
 _SENDER, _RECEIVER = 0, 1
 
 
@@ -339,5 +340,6 @@ def _contiguous(target: torch.Tensor | None) -> torch.Tensor | None:
 
 def _group(host: str, port: int, name: str, rank: int) -> Any:
     """Meet the other end in a group of two."""
-    store = dist.TCPStore(host, port, is_master=False, timeout=_GROUP_TIMEOUT)
+    store = dist.TCPStore(host, port, is_master=False, timeout=_STORE_TIMEOUT)
+    store.set_timeout(_GROUP_TIMEOUT)
     return dist.ProcessGroupGloo(dist.PrefixStore(name, store), rank, 2, _GROUP_TIMEOUT)
