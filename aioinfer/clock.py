@@ -7,6 +7,7 @@ Nothing else in the package reads the time or arms a timer, so a test that passe
 from __future__ import annotations
 
 import asyncio
+import datetime
 import time
 from collections.abc import Callable
 from typing import Protocol
@@ -45,6 +46,16 @@ class MonotonicClock:
         per iteration and rounds to milliseconds.
         """
         return loop.call_later(max(0.0, when - time.monotonic()), callback)
+
+
+def duration_of(seconds: float) -> datetime.timedelta:
+    """So many seconds, for functions that take them only like this."""
+    return datetime.timedelta(seconds=seconds)
+
+
+def epoch_now() -> int:
+    """A number that is larger the later it is asked for, on all computers: Unix time in ns."""
+    return time.time_ns()
 
 
 class RemoteTimer:

@@ -16,6 +16,7 @@ from aioinfer.errors import ModelError
 from aioinfer.request import Request
 from aioinfer.sampling import sampling
 from aioinfer.signature import Signature
+from aioinfer.weights.receiving import Freshness
 from aioinfer.weights.slots import Slots
 
 _AS_IS = contextlib.nullcontext()
@@ -29,6 +30,7 @@ class ForwardPass:
         collator: builds batches and takes answers apart.
         clock: measures the forward.
         sizes: the sizes a forward may have, ascending; ``None`` for any.
+        freshness: where replies say whether the weights are too old, what knows that.
     """
 
     def __init__(
@@ -37,9 +39,11 @@ class ForwardPass:
         collator: Collator,
         clock: Clock,
         sizes: Sequence[int] | None = None,
+        freshness: Freshness | None = None,
     ) -> None:
         self._sizes = sizes
         self._slots = slots
+        self._freshness = freshness
         self._collator = collator
         self._clock = clock
         self._answered: dict[Signature, None] = {}
@@ -81,14 +85,18 @@ class ForwardPass:
     ) -> Columns | list[TensorDictBase]:
         size = fitting_size(self._sizes, rows)
         signature: Signature = requests[0].signature  # type: ignore[assignment]
-        slot = self._slots.current
-        mode = _AS_IS if signature.mode is None else sampling(slot.model, signature.mode)
-        with torch.no_grad(), mode:
-            inputs = self._collator.collate(requests, rows, size)
-            started = self._clock()
-            answer = slot.call(inputs)
-            batch.forward_s += self._clock() - started
-            answers = self._collator.split(answer, requests, rows, size, slot.version)
+        slot = self._slots.take()
+        try:
+            mode = _AS_IS if signature.mode is None else sampling(slot.model, signature.mode)
+            with torch.no_grad(), mode:
+                inputs = self._collator.collate(requests, rows, size)
+                started = self._clock()
+                answer = slot.call(inputs)
+                batch.forward_s += self._clock() - started
+                stale = None if self._freshness is None else self._freshness.fault() is not None
+                answers = self._collator.split(answer, requests, rows, size, slot.version, stale)
+        finally:
+            self._slots.give_back(slot)
         if signature not in self._answered:
             self._remember(signature)
         return answers
