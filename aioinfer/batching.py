@@ -146,7 +146,11 @@ class Batcher:
         self._sizes = batch_sizes
         self._queues: dict[Hashable, Queue] = {}
         self._closing = False
-        self._patience = Patience(far_sighted=far_sighted, independent=independent)
+        self._patience = Patience(
+            far_sighted=far_sighted,
+            independent=independent,
+            one_size=batch_sizes is not None and len(batch_sizes) == 1,
+        )
         self._kind: Hashable = None
         self._size = 0
         self._ended_at = -math.inf

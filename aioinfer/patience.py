@@ -70,12 +70,16 @@ class Patience:
         independent: whether callers think while a forward runs. Those of the server's own
             interpreter do so only as far as the two leave each other room, so they are never
             divided into groups.
+        one_size: whether all forwards are padded to the same size, and so cost the same.
     """
 
-    def __init__(self, *, far_sighted: bool, independent: bool = True) -> None:
+    def __init__(
+        self, *, far_sighted: bool, independent: bool = True, one_size: bool = False
+    ) -> None:
         self.think = ThinkTimes()
         self._far_sighted = far_sighted
         self._independent = independent
+        self._one_size = one_size
         self._costs: dict[Hashable, ForwardCost] = {}
         self._cohorts: deque[Cohort] = deque(maxlen=_COHORTS)
         self._newcomers: Cohort | None = None
@@ -138,7 +142,7 @@ class Patience:
         if cost is None:
             if len(self._costs) >= 256:  # shapes that keep changing must not fill memory
                 self._costs.clear()
-            cost = self._costs[kind] = ForwardCost()
+            cost = self._costs[kind] = ForwardCost(one_size=self._one_size)
         cost.learn(size, now - self._started_at)
         cohort = Cohort(kind, now, 1 if callers <= 16 else 4)
         self._cohorts.append(cohort)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from types import TracebackType
@@ -24,8 +25,10 @@ from aioinfer.executor import Executor, ThreadExecutor
 from aioinfer.forward import ForwardPass
 from aioinfer.sampling import sampling_modules
 from aioinfer.serving import Serving
+from aioinfer.shortcut import shortcut
 from aioinfer.signature import Signature
 from aioinfer.stats import ServerStats, StatsRecorder
+from aioinfer.streams import Seeded
 from aioinfer.transports.base import InferenceTransport
 from aioinfer.weights.slots import Policy, Slots
 
@@ -72,6 +75,9 @@ class InferenceServer:
         batch_sizes: the only sizes a forward may have, for policies that were compiled or
             captured for some; smaller batches are padded by repeating their last row.
             Ascending, the last one ``max_batch_size``. ``None`` for any size.
+        fixed_batch: give every forward the same size, ``max_batch_size`` rounded up to a
+            multiple of 16, so that what a row gets does not depend on who shares its batch,
+            to the last bit (see :doc:`/reproducibility`).
         max_queue_size: rows that may wait; more wait outside, or are refused if they were
             sent with ``block=False``. ``None`` stands for 64 full batches, at least 4096 rows.
         collate_fn: makes a batch of a list of single-row TensorDicts; ``None`` stacks them.
@@ -100,6 +106,7 @@ class InferenceServer:
         timeout: float | None = None,
         objective: Literal["throughput", "latency"] = "throughput",
         batch_sizes: Sequence[int] | None = None,
+        fixed_batch: bool = False,
         max_queue_size: int | None = None,
         collate_fn: CollateFn | None = None,
         device: torch.device | str | None = None,
@@ -128,11 +135,7 @@ class InferenceServer:
         if objective not in ("throughput", "latency"):
             raise ValueError(f"objective must be 'throughput' or 'latency', got {objective!r}")
         self._far_sighted = objective == "throughput"
-        self._sizes = (
-            None
-            if batch_sizes is None
-            else arguments.sizes("batch_sizes", batch_sizes, max_batch_size)
-        )
+        self._sizes = _sizes(batch_sizes, fixed_batch, self._max_batch_size)
         self._max_queue_size = (
             max(4096, 64 * self._max_batch_size)
             if max_queue_size is None
@@ -143,9 +146,11 @@ class InferenceServer:
         self._clock: Clock = MonotonicClock() if clock is None else clock
         if isinstance(policy_version, bool) or not isinstance(policy_version, int):
             raise TypeError(f"policy_version must be an int, got {policy_version!r}")
-        self._slots = Slots(model, policy_version)
+        self._slots = Slots(model, policy_version, _prepared)
         self._in_keys = None if collate_fn is not None else getattr(model, "in_keys", None)
         on = arguments.device("device", device)
+        if fixed_batch and (on is None or on.type == "cpu") and torch.get_num_threads() > 1:
+            warnings.warn(_THREADS, RuntimeWarning, stacklevel=2)
         if on is not None and isinstance(model, torch.nn.Module):
             model.to(on)
         collator = Collator(
@@ -418,6 +423,11 @@ class InferenceServer:
             )
 
 
+def _prepared(model: Policy) -> Policy:
+    call = shortcut(model)
+    return Seeded(call, call)
+
+
 def _has(signature: Signature, in_key: Any) -> bool:
     """Whether a request holds ``in_key``, as a leaf or as a nested TensorDict."""
     wanted = in_key if isinstance(in_key, tuple) else (in_key,)
@@ -426,6 +436,24 @@ def _has(signature: Signature, in_key: Any) -> bool:
         if path[: len(wanted)] == wanted:
             return True
     return False
+
+
+def _sizes(batch_sizes: Any, fixed_batch: Any, largest: int) -> tuple[int, ...] | None:
+    """The sizes that a forward may have; ``None`` for any."""
+    if not arguments.flag("fixed_batch", fixed_batch):
+        return None if batch_sizes is None else arguments.sizes("batch_sizes", batch_sizes, largest)
+    if batch_sizes is not None:
+        raise ValueError(f"fixed_batch=True leaves no choice of batch_sizes, got {batch_sizes!r}")
+    return (-(-largest // _VECTOR) * _VECTOR,)
+
+
+_THREADS = (
+    "fixed_batch=True: some of torch's CPU kernels divide a batch among threads at places that "
+    "change how a row is rounded; call torch.set_num_threads(1) for results that are the same to "
+    "the last bit"
+)
+_VECTOR = 16
+"""Rows by which no CPU kernel ends in a remainder, which may be rounded in another way."""
 
 
 def _transports(transport: Any) -> list[InferenceTransport]:
