@@ -28,6 +28,8 @@ class Batch:
     forward_s: float = 0.0
     """Seconds in the policy."""
     answered_at: float = 0.0
+    replica: int = 0
+    """Which of several replicas computes it."""
     _outcomes: list[Outcome] | None = dataclasses.field(default=None, repr=False)
 
     @property

@@ -76,7 +76,7 @@ class ProcessInferenceServer:
             raise TypeError(f"policy_factory must be callable, got {policy_factory!r}")
         if transport is not None and not isinstance(transport, MPTransport):
             raise TypeError(f"transport must be an MPTransport or None, got {transport!r}")
-        InferenceServer(_nothing, **options)  # refuses a wrong option here and now
+        InferenceServer(torch.nn.Identity(), **options)  # refuses a wrong option here and now
         self._factory = policy_factory
         self._transport = MPTransport() if transport is None else transport
         self._ctx: Any = ctx or self._transport.ctx or multiprocessing.get_context("spawn")
@@ -325,10 +325,6 @@ class ProcessInferenceServer:
     ) -> None:
         with anyio.CancelScope(shield=True):
             await self.aclose()
-
-
-def _nothing(td: Any) -> Any:
-    return td
 
 
 def _end_of(code: int | None) -> str:

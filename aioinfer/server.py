@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import threading
-import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
@@ -15,22 +13,20 @@ import anyio.to_thread
 import torch
 
 import aioinfer.arguments as arguments
+from aioinfer.assembly import assemble, forward_sizes
 from aioinfer.batching import DEFAULT_STATIC_TIMEOUT_S, DEFAULT_TIMEOUT_S, Batcher
 from aioinfer.blocking import BackgroundLoop
 from aioinfer.client import InferenceClient, SyncInferenceClient
 from aioinfer.clock import Clock, MonotonicClock
-from aioinfer.collation import CollateFn, Collator
+from aioinfer.collation import CollateFn
 from aioinfer.errors import InvalidRequestError
-from aioinfer.executor import Executor, ThreadExecutor
-from aioinfer.forward import ForwardPass
+from aioinfer.executor import Executor
 from aioinfer.sampling import sampling_modules
 from aioinfer.serving import Serving
-from aioinfer.shortcut import shortcut
 from aioinfer.signature import Signature
 from aioinfer.stats import ServerStats, StatsRecorder
-from aioinfer.streams import Seeded
 from aioinfer.transports.base import InferenceTransport
-from aioinfer.weights.slots import Policy, Slots
+from aioinfer.weights.slots import Policy
 
 T = TypeVar("T")
 
@@ -82,8 +78,11 @@ class InferenceServer:
             sent with ``block=False``. ``None`` stands for 64 full batches, at least 4096 rows.
         collate_fn: makes a batch of a list of single-row TensorDicts; ``None`` stacks them.
         device: where the policy is moved to, and each batch; ``None`` leaves both.
-        output_device: where replies are moved to; ``None`` leaves them where the policy put
-            them.
+        devices: several such devices: each gets a replica of the policy, with a thread of its
+            own, and batches go to whichever is free. The policy must be an ``nn.Module``, and
+            updates may change the values of its parameters and buffers, nothing else.
+        output_device: where replies are moved to; ``None`` brings them to the CPU if there is a
+            ``device``, and leaves them where the policy put them if there is none.
         policy_version: the version the policy starts with.
         policy_version_key: where a reply says which version computed it (int64, of the
             request's batch size); ``None`` leaves it out.
@@ -110,6 +109,7 @@ class InferenceServer:
         max_queue_size: int | None = None,
         collate_fn: CollateFn | None = None,
         device: torch.device | str | None = None,
+        devices: Sequence[torch.device | str] | None = None,
         output_device: torch.device | str | None = None,
         policy_version: int = 0,
         policy_version_key: Any = "policy_version",
@@ -135,7 +135,7 @@ class InferenceServer:
         if objective not in ("throughput", "latency"):
             raise ValueError(f"objective must be 'throughput' or 'latency', got {objective!r}")
         self._far_sighted = objective == "throughput"
-        self._sizes = _sizes(batch_sizes, fixed_batch, self._max_batch_size)
+        self._sizes = forward_sizes(batch_sizes, fixed_batch, self._max_batch_size)
         self._max_queue_size = (
             max(4096, 64 * self._max_batch_size)
             if max_queue_size is None
@@ -146,23 +146,24 @@ class InferenceServer:
         self._clock: Clock = MonotonicClock() if clock is None else clock
         if isinstance(policy_version, bool) or not isinstance(policy_version, int):
             raise TypeError(f"policy_version must be an int, got {policy_version!r}")
-        self._slots = Slots(model, policy_version, _prepared)
         self._in_keys = None if collate_fn is not None else getattr(model, "in_keys", None)
-        on = arguments.device("device", device)
-        if fixed_batch and (on is None or on.type == "cpu") and torch.get_num_threads() > 1:
-            warnings.warn(_THREADS, RuntimeWarning, stacklevel=2)
-        if on is not None and isinstance(model, torch.nn.Module):
-            model.to(on)
-        collator = Collator(
+        self._replicas = assemble(
+            model,
+            policy_version,
+            device=device,
+            devices=devices,
+            output_device=output_device,
+            fixed_batch=fixed_batch,
+            sizes=self._sizes,
+            executor=executor,
+            clock=self._clock,
             collate_fn=collate_fn,
-            device=on,
-            output_device=arguments.device("output_device", output_device),
             out_keys=getattr(model, "out_keys", None),
             version_key=arguments.key("policy_version_key", policy_version_key),
             return_inputs=arguments.flag("return_inputs", return_inputs),
         )
-        self._forward = ForwardPass(self._slots, collator, self._clock, self._sizes)
-        self._executor: Executor = ThreadExecutor() if executor is None else executor
+        self._slots = self._replicas.first
+        self._executor = self._replicas.executor
         self._recorder = StatsRecorder(self._clock())
         self._serving: Serving | None = None
         self._task: asyncio.Task[None] | None = None
@@ -193,7 +194,7 @@ class InferenceServer:
     @property
     def policy_version(self) -> int:
         """The version that serves now."""
-        return self._slots.current.version
+        return self._replicas.version
 
     def update_model(self, update_fn: Callable[[Any], T], *, mark_weight_update: bool = True) -> T:
         """Change the policy between two batches, and wait until that is done.
@@ -211,14 +212,13 @@ class InferenceServer:
             RuntimeError: called on the server's own event loop; await :meth:`aupdate_model`.
         """
         self._not_on_loop("update_model()", "await aupdate_model()")
-        future: Future[T] = self._executor.call(self._update(update_fn, mark_weight_update))
-        return future.result()
+        return self._replicas.update(self._update(update_fn, mark_weight_update)).result()
 
     async def aupdate_model(
         self, update_fn: Callable[[Any], T], *, mark_weight_update: bool = True
     ) -> T:
         """Change the policy between two batches; the awaitable :meth:`update_model`."""
-        future = self._executor.call(self._update(update_fn, mark_weight_update))
+        future = self._replicas.update(self._update(update_fn, mark_weight_update))
         return await asyncio.wrap_future(future)
 
     def _update(self, update_fn: Callable[[Any], T], mark: bool) -> Callable[[], T]:
@@ -296,12 +296,13 @@ class InferenceServer:
             batch_sizes=self._sizes,
             far_sighted=self._far_sighted,
             independent=not any(transport.in_process for transport in self._transports),
+            executors=len(self._replicas),
         )
         serving = Serving(
             self._transports,
             batcher,
             self._executor,
-            self._forward,
+            self._replicas.run,
             self._recorder,
             self._clock,
             self._admit,
@@ -423,11 +424,6 @@ class InferenceServer:
             )
 
 
-def _prepared(model: Policy) -> Policy:
-    call = shortcut(model)
-    return Seeded(call, call)
-
-
 def _has(signature: Signature, in_key: Any) -> bool:
     """Whether a request holds ``in_key``, as a leaf or as a nested TensorDict."""
     wanted = in_key if isinstance(in_key, tuple) else (in_key,)
@@ -436,24 +432,6 @@ def _has(signature: Signature, in_key: Any) -> bool:
         if path[: len(wanted)] == wanted:
             return True
     return False
-
-
-def _sizes(batch_sizes: Any, fixed_batch: Any, largest: int) -> tuple[int, ...] | None:
-    """The sizes that a forward may have; ``None`` for any."""
-    if not arguments.flag("fixed_batch", fixed_batch):
-        return None if batch_sizes is None else arguments.sizes("batch_sizes", batch_sizes, largest)
-    if batch_sizes is not None:
-        raise ValueError(f"fixed_batch=True leaves no choice of batch_sizes, got {batch_sizes!r}")
-    return (-(-largest // _VECTOR) * _VECTOR,)
-
-
-_THREADS = (
-    "fixed_batch=True: some of torch's CPU kernels divide a batch among threads at places that "
-    "change how a row is rounded; call torch.set_num_threads(1) for results that are the same to "
-    "the last bit"
-)
-_VECTOR = 16
-"""Rows by which no CPU kernel ends in a remainder, which may be rounded in another way."""
 
 
 def _transports(transport: Any) -> list[InferenceTransport]:

@@ -1,0 +1,112 @@
+"""What a server's arguments about its policy come to: replicas, each made of parts that fit."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+import aioinfer.arguments as arguments
+from aioinfer.clock import Clock
+from aioinfer.collation import Collator
+from aioinfer.executor import Executor, ThreadExecutor
+from aioinfer.forward import ForwardPass
+from aioinfer.replicas import Replicas, replicate
+from aioinfer.shortcut import shortcut
+from aioinfer.streams import Seeded
+from aioinfer.weights.slots import Policy, Slots
+
+_CPU = torch.device("cpu")
+_VECTOR = 16
+"""Rows by which no CPU kernel ends in a remainder, which may be rounded in another way."""
+
+
+def forward_sizes(batch_sizes: Any, fixed_batch: Any, largest: int) -> tuple[int, ...] | None:
+    """The sizes that a forward may have; ``None`` for any."""
+    if not arguments.flag("fixed_batch", fixed_batch):
+        return None if batch_sizes is None else arguments.sizes("batch_sizes", batch_sizes, largest)
+    if batch_sizes is not None:
+        raise ValueError(f"fixed_batch=True leaves no choice of batch_sizes, got {batch_sizes!r}")
+    return (-(-largest // _VECTOR) * _VECTOR,)
+
+
+def assemble(
+    model: Policy,
+    version: int,
+    *,
+    device: Any,
+    devices: Any,
+    output_device: Any,
+    fixed_batch: bool,
+    sizes: Sequence[int] | None,
+    executor: Executor | None,
+    clock: Clock,
+    **collation: Any,
+) -> Replicas:
+    """Make the replicas of a server.
+
+    Args:
+        model: the policy.
+        version: the version it starts with.
+        device: as of the server, like ``devices``, ``output_device`` and ``fixed_batch``.
+        devices: see there.
+        output_device: see there.
+        fixed_batch: see there.
+        sizes: the sizes a forward may have; ``None`` for any.
+        executor: runs the batches of the one replica; ``None`` for threads.
+        clock: measures forwards.
+        collation: what each :class:`~aioinfer.collation.Collator` is told besides.
+    """
+    places = _places(device, devices)
+    if executor is not None and len(places) > 1:
+        raise ValueError(f"executor runs one replica, but there are {len(places)} devices")
+    results_on = arguments.device("output_device", output_device)
+    if results_on is None and not _on_cpu(places):
+        results_on = _CPU
+    if fixed_batch and _on_cpu(places) and torch.get_num_threads() > 1:
+        warnings.warn(_THREADS, RuntimeWarning, stacklevel=3)
+    slots, forwards = [], []
+    for place, copy in zip(places, _placed(model, places), strict=True):
+        slots.append(Slots(copy, version, _prepared))
+        collator = Collator(device=place, output_device=results_on, **collation)
+        forwards.append(ForwardPass(slots[-1], collator, clock, sizes))
+    executors = [ThreadExecutor() for _ in places] if executor is None else [executor]
+    return Replicas(slots, forwards, executors)
+
+
+_THREADS = (
+    "fixed_batch=True: some of torch's CPU kernels divide a batch among threads at places that "
+    "change how a row is rounded; call torch.set_num_threads(1) for results that are the same to "
+    "the last bit"
+)
+
+
+def _places(device: Any, devices: Any) -> list[torch.device | None]:
+    """Where the replicas are; ``[None]`` for one that stays where it is."""
+    if devices is None:
+        return [arguments.device("device", device)]
+    if device is not None:
+        raise ValueError(f"give either device or devices, got {device!r} and {devices!r}")
+    return list(arguments.devices("devices", devices))
+
+
+def _on_cpu(places: Sequence[torch.device | None]) -> bool:
+    # "meta" holds no values that could be brought back.
+    return all(place is None or place.type in ("cpu", "meta") for place in places)
+
+
+def _placed(model: Policy, places: Sequence[torch.device | None]) -> list[Policy]:
+    """One policy per place."""
+    found = [place for place in places if place is not None]
+    if len(found) > 1:
+        return list(replicate(model, found))
+    if found and isinstance(model, torch.nn.Module):
+        model.to(found[0])
+    return [model]
+
+
+def _prepared(model: Policy) -> Policy:
+    call = shortcut(model)
+    return Seeded(call, call)

@@ -1,0 +1,206 @@
+"""Several replicas of one policy in one process, each with an executor of its own.
+
+The batcher counts how many executors are free, and whichever is free takes the next batch. All
+replicas follow the first one: what an update makes of it is copied to the others, each between
+two of its batches, and a reply names the version of the replica that computed it.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from aioinfer.batch import Batch
+from aioinfer.executor import Executor
+from aioinfer.weights.slots import Policy, Slots
+
+T = TypeVar("T")
+
+
+def replicate(model: Policy, devices: Sequence[torch.device]) -> list[nn.Module]:
+    """Return one policy per device: the model itself, moved to the first one, and copies.
+
+    Raises:
+        TypeError: the model is not an ``nn.Module``, which could be copied.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"devices needs a model that is an nn.Module, to copy it, got {model!r}")
+    copies = [copy.deepcopy(model) for _ in devices[1:]]
+    return [one.to(device) for one, device in zip([model, *copies], devices, strict=True)]
+
+
+class ExecutorPool:
+    """Several executors as one that can run as many batches at a time.
+
+    A batch that is submitted goes to one that is free; the batcher sees to it that there is one.
+    Functions run on the first.
+    """
+
+    def __init__(self, executors: Sequence[Executor]) -> None:
+        self._executors = executors
+        self._free: deque[int] = deque()
+
+    def start(self, run: Callable[[Batch], None], finished: Callable[[Batch], None]) -> None:
+        """Get all of them ready."""
+        self._free = deque(range(len(self._executors)))
+        for replica, executor in enumerate(self._executors):
+            executor.start(run, partial(self._finished, self._free, replica, finished))
+
+    @staticmethod
+    def _finished(
+        free: deque[int], replica: int, finished: Callable[[Batch], None], batch: Batch
+    ) -> None:
+        free.append(replica)  # before anybody hears of it and submits the next
+        finished(batch)
+
+    def submit(self, batch: Batch) -> None:
+        """Run a batch where nothing runs."""
+        batch.replica = self._free.popleft()
+        self._executors[batch.replica].submit(batch)
+
+    def call(self, function: Callable[[], Any]) -> Future[Any]:
+        """Run a function between two batches of the first replica."""
+        return self._executors[0].call(function)
+
+    def is_here(self) -> bool:
+        """Whether the calling thread runs batches."""
+        return any(executor.is_here() for executor in self._executors)
+
+    def stop(self) -> Future[None]:
+        """Finish what was submitted, then end."""
+        stopped: Future[None] = Future()
+        stopped.set_running_or_notify_cancel()
+        futures = [executor.stop() for executor in self._executors]
+        _when_all(futures, partial(stopped.set_result, None))
+        return stopped
+
+
+class Replicas:
+    """The policies that serve, and how they change together.
+
+    Args:
+        slots: one for each replica.
+        forwards: run a batch, one for each replica.
+        executors: one for each replica.
+    """
+
+    def __init__(
+        self,
+        slots: Sequence[Slots],
+        forwards: Sequence[Callable[[Batch], None]],
+        executors: Sequence[Executor],
+    ) -> None:
+        self._slots = slots
+        self._forwards = forwards
+        self._executors = executors
+        self._lock = threading.Lock()  # the first replica changes, or is copied
+        alone = len(slots) == 1
+        self.executor = executors[0] if alone else ExecutorPool(executors)
+        """Runs the batches of all of them."""
+        self.run = forwards[0] if alone else self._run
+        """Runs one batch, on its executor."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._slots)
+
+    @property
+    def first(self) -> Slots:
+        """The one that the others follow."""
+        return self._slots[0]
+
+    @property
+    def version(self) -> int:
+        """The version that all of them have reached."""
+        return min([slots.current.version for slots in self._slots])
+
+    def _run(self, batch: Batch) -> None:
+        self._forwards[batch.replica](batch)
+
+    def update(self, function: Callable[[], T]) -> Future[T]:
+        """Change the first replica, then the others.
+
+        Args:
+            function: changes the first replica; runs between two of its batches.
+
+        Returns:
+            What the function returned, once all of them have followed. If it raises, they follow
+            it as far as it came.
+
+        Raises:
+            RuntimeError: there are several, and this is a forward of one of them.
+        """
+        if len(self) == 1:
+            return self._executors[0].call(function)
+        if self.executor.is_here():
+            raise RuntimeError("a forward of one replica cannot update all of them: it is in one")
+
+        def locked() -> T:
+            with self._lock:
+                return function()
+
+        done: Future[T] = Future()
+        done.set_running_or_notify_cancel()
+        changed: Future[T] = self._executors[0].call(locked)
+        changed.add_done_callback(partial(self._spread, done))
+        return done
+
+    def _spread(self, done: Future[T], changed: Future[T]) -> None:
+        others = range(1, len(self))
+        futures = [self._executors[i].call(partial(self._follow, self._slots[i])) for i in others]
+
+        def followed() -> None:
+            error = changed.exception()
+            for future in futures:
+                error = error or future.exception()
+            if error is None:
+                done.set_result(changed.result())
+            else:
+                done.set_exception(error)
+
+        _when_all(futures, followed)
+
+    def _follow(self, slots: Slots) -> None:
+        with self._lock:
+            leader = self._slots[0].current
+            slots.update(partial(_copy_weights, leader.model), mark=False)
+            slots.current.version = leader.version
+
+
+def _copy_weights(source: Any, target: Any) -> None:
+    """Make every parameter and buffer of ``target`` what it is in ``source``."""
+    theirs = {**dict(source.named_parameters()), **dict(source.named_buffers())}
+    ours = {**dict(target.named_parameters()), **dict(target.named_buffers())}
+    if theirs.keys() != ours.keys():
+        different = sorted(theirs.keys() ^ ours.keys())
+        raise RuntimeError(
+            f"an update gave one replica other parameters than the others have: {different}; with "
+            "several devices, an update may change their values only"
+        )
+    with torch.no_grad():
+        for name, tensor in ours.items():
+            tensor.copy_(theirs[name])
+
+
+def _when_all(futures: Sequence[Future[Any]], then: Callable[[], object]) -> None:
+    """Call ``then`` once all of them are done, on the thread of the last one."""
+    left = list(futures)
+    lock = threading.Lock()
+
+    def one_is_done(future: Future[Any]) -> None:
+        with lock:
+            left.remove(future)
+            last = not left
+        if last:
+            then()
+
+    for future in futures:
+        future.add_done_callback(one_is_done)
