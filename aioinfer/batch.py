@@ -7,6 +7,7 @@ from typing import Any
 
 from aioinfer.batching import Reason
 from aioinfer.collation import Columns
+from aioinfer.errors import ServerDiedError
 from aioinfer.request import Request
 
 Outcome = tuple[Request, Any]
@@ -25,6 +26,8 @@ class Batch:
     """The answers, where they are plain; outcomes are then made of them on demand."""
     failed: bool = False
     """Whether any outcome is an exception."""
+    fatal: ServerDiedError | None = None
+    """Why nothing can be run after this batch, if so."""
     forward_s: float = 0.0
     """Seconds in the policy."""
     answered_at: float = 0.0

@@ -25,6 +25,7 @@ from aioinfer.errors import (
     ServerDiedError,
 )
 from aioinfer.executor import Executor
+from aioinfer.faults import copy_of
 from aioinfer.intake import Intake, Notice, loop_closed, running_loop
 from aioinfer.request import ColumnPort, GivenUp, ReplyPort, Request, State
 from aioinfer.signature import Signature
@@ -84,6 +85,7 @@ class Serving:
         self._timer: TimerHandle | None = None
         self._timer_at = 0.0
         self._drained: asyncio.Future[None] = self.loop.create_future()
+        self._fatal: ServerDiedError | None = None
         self._over = False
         self._lock = threading.Lock()  # between the end of a batch and the end of everything
 
@@ -179,6 +181,8 @@ class Serving:
         try:
             self._take_notices()  # first: who gave up during the forward was not answered
             self._take_finished()
+            if self._fatal is not None:
+                raise self._fatal
             self._decide()
             # Replies go out after the next batch has: the executor works meanwhile.
             self._hand_out()
@@ -205,6 +209,7 @@ class Serving:
             self._done.append(deliveries)
             if batch.failed:
                 self._count_failures(batch)
+                self._fatal = batch.fatal or self._fatal
             self._batcher.forward_ended(batch.requests, batch.answered_at)
 
     def _take_notices(self) -> None:
@@ -424,6 +429,8 @@ def _task_cancelled() -> InferenceError:
 
 def _because(cause: BaseException) -> Callable[[], InferenceError]:
     def make() -> InferenceError:
+        if isinstance(cause, ServerDiedError):
+            return copy_of(cause)
         error = ServerDiedError(f"the server stopped because of an error of its own: {cause!r}")
         error.__cause__ = cause
         return error
