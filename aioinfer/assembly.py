@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,10 +11,14 @@ import torch
 import aioinfer.arguments as arguments
 from aioinfer.clock import Clock
 from aioinfer.collation import Collator
+from aioinfer.compiling import Compiled
 from aioinfer.executor import Executor, ThreadExecutor
 from aioinfer.forward import ForwardPass
+from aioinfer.graphs import CudaRecorder, Graphs, Kinds, Recorder
 from aioinfer.replicas import Replicas, replicate
+from aioinfer.request import Request, Source
 from aioinfer.shortcut import shortcut
+from aioinfer.signature import describe
 from aioinfer.streams import Seeded
 from aioinfer.weights.slots import Policy, Slots
 
@@ -23,13 +27,26 @@ _VECTOR = 16
 """Rows by which no CPU kernel ends in a remainder, which may be rounded in another way."""
 
 
-def forward_sizes(batch_sizes: Any, fixed_batch: Any, largest: int) -> tuple[int, ...] | None:
+def forward_sizes(
+    batch_sizes: Any, fixed_batch: Any, cuda_graphs: Any, largest: int
+) -> tuple[int, ...] | None:
     """The sizes that a forward may have; ``None`` for any."""
     if not arguments.flag("fixed_batch", fixed_batch):
-        return None if batch_sizes is None else arguments.sizes("batch_sizes", batch_sizes, largest)
+        if batch_sizes is None:
+            doubled = [1 << i for i in range(largest.bit_length()) if 1 << i < largest]
+            return (*doubled, largest) if arguments.flag("cuda_graphs", cuda_graphs) else None
+        return arguments.sizes("batch_sizes", batch_sizes, largest)
     if batch_sizes is not None:
         raise ValueError(f"fixed_batch=True leaves no choice of batch_sizes, got {batch_sizes!r}")
     return (-(-largest // _VECTOR) * _VECTOR,)
+
+
+def example_request(example: Any) -> Request:
+    """A request that nobody waits for."""
+    data, rows, batched, signature = describe(example, None)
+    if batched:
+        raise ValueError(f"example must be one row, with batch_size [], got {rows} rows")
+    return Request(data, rows, batched, signature, None, 0, Source(), None)
 
 
 def assemble(
@@ -40,6 +57,8 @@ def assemble(
     devices: Any,
     output_device: Any,
     fixed_batch: bool,
+    compile: Any,
+    cuda_graphs: bool,
     sizes: Sequence[int] | None,
     executor: Executor | None,
     clock: Clock,
@@ -50,10 +69,12 @@ def assemble(
     Args:
         model: the policy.
         version: the version it starts with.
-        device: as of the server, like ``devices``, ``output_device`` and ``fixed_batch``.
+        device: as of the server, like those that follow.
         devices: see there.
         output_device: see there.
         fixed_batch: see there.
+        compile: see there.
+        cuda_graphs: see there.
         sizes: the sizes a forward may have; ``None`` for any.
         executor: runs the batches of the one replica; ``None`` for threads.
         clock: measures forwards.
@@ -67,9 +88,13 @@ def assemble(
         results_on = _CPU
     if fixed_batch and _on_cpu(places) and torch.get_num_threads() > 1:
         warnings.warn(_THREADS, RuntimeWarning, stacklevel=3)
+    options = _compile_options(compile)
+    if cuda_graphs and not all(_records(place) for place in places):
+        raise ValueError(f"cuda_graphs=True needs CUDA devices, got {[str(p) for p in places]}")
     slots, forwards = [], []
     for place, copy in zip(places, _placed(model, places), strict=True):
-        slots.append(Slots(copy, version, _prepared))
+        recorder = CudaRecorder(place) if cuda_graphs and place is not None else None
+        slots.append(Slots(copy, version, preparation(options, recorder, sizes)))
         collator = Collator(device=place, output_device=results_on, **collation)
         forwards.append(ForwardPass(slots[-1], collator, clock, sizes))
     executors = [ThreadExecutor() for _ in places] if executor is None else [executor]
@@ -97,6 +122,10 @@ def _on_cpu(places: Sequence[torch.device | None]) -> bool:
     return all(place is None or place.type in ("cpu", "meta") for place in places)
 
 
+def _records(place: torch.device | None) -> bool:
+    return place is not None and place.type == "cuda"
+
+
 def _placed(model: Policy, places: Sequence[torch.device | None]) -> list[Policy]:
     """One policy per place."""
     found = [place for place in places if place is not None]
@@ -107,6 +136,33 @@ def _placed(model: Policy, places: Sequence[torch.device | None]) -> list[Policy
     return [model]
 
 
-def _prepared(model: Policy) -> Policy:
-    call = shortcut(model)
-    return Seeded(call, call)
+def _compile_options(compile: Any) -> Mapping[str, Any] | None:
+    """The arguments of ``torch.compile``; ``None`` for not compiling."""
+    if isinstance(compile, Mapping):
+        return compile
+    if not isinstance(compile, bool):
+        raise TypeError(
+            f"compile must be a bool, or a dict of torch.compile's arguments, got {compile!r}"
+        )
+    return {} if compile else None
+
+
+def preparation(
+    compile: Mapping[str, Any] | None, recorder: Recorder | None, sizes: Sequence[int] | None
+) -> Callable[[Policy], Policy]:
+    """Return what makes a slot's ``call`` of its copy of the policy.
+
+    Args:
+        compile: arguments of :func:`torch.compile`; ``None`` for not compiling.
+        recorder: records graphs; ``None`` for none.
+        sizes: the sizes a forward may have.
+    """
+    kinds = Kinds()
+
+    def prepare(model: Policy) -> Policy:
+        eager = shortcut(model)
+        call = eager if compile is None else Compiled(model, eager, compile)
+        call = Seeded(call, eager)
+        return call if recorder is None else Graphs(call, sizes or (), recorder, kinds)
+
+    return prepare

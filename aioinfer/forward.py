@@ -72,6 +72,22 @@ class ForwardPass:
         for request in batch.requests:
             request.data = None  # a caller may keep its future, and with it the request
 
+    def warm_up(self, request: Request) -> None:
+        """Run a forward of each size, the largest first, on rows like that of ``request``.
+
+        Raises:
+            Exception: what the policy raised.
+        """
+        slot = self._slots.current
+        for size in reversed(self._sizes or (1, 2)):
+            try:
+                with torch.no_grad():
+                    slot.call(self._collator.collate([request], 1, size))
+            except Exception as error:
+                if not is_out_of_memory(error) or size == 1:
+                    raise
+                self._room.exceeded(size, self._fewer(size))
+
     def _answers(self, batch: Batch, requests: list[Request], rows: int) -> Columns | list[Outcome]:
         out_of_memory = False
         if rows <= self._room.rows:

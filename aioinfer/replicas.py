@@ -20,6 +20,8 @@ from torch import nn
 
 from aioinfer.batch import Batch
 from aioinfer.executor import Executor
+from aioinfer.forward import ForwardPass
+from aioinfer.request import Request
 from aioinfer.weights.slots import Policy, Slots
 
 T = TypeVar("T")
@@ -95,7 +97,7 @@ class Replicas:
     def __init__(
         self,
         slots: Sequence[Slots],
-        forwards: Sequence[Callable[[Batch], None]],
+        forwards: Sequence[ForwardPass],
         executors: Sequence[Executor],
     ) -> None:
         self._slots = slots
@@ -105,7 +107,7 @@ class Replicas:
         alone = len(slots) == 1
         self.executor = executors[0] if alone else ExecutorPool(executors)
         """Runs the batches of all of them."""
-        self.run = forwards[0] if alone else self._run
+        self.run: Callable[[Batch], None] = forwards[0] if alone else self._run
         """Runs one batch, on its executor."""
 
     def __len__(self) -> int:
@@ -124,6 +126,25 @@ class Replicas:
 
     def _run(self, batch: Batch) -> None:
         self._forwards[batch.replica](batch)
+
+    def warm_up(self, request: Request) -> Future[None]:
+        """Run forwards of each size on all of them; only once the executor was started."""
+        done: Future[None] = Future()
+        done.set_running_or_notify_cancel()
+        futures = [
+            executor.call(partial(forward.warm_up, request))
+            for executor, forward in zip(self._executors, self._forwards, strict=True)
+        ]
+
+        def warm() -> None:
+            error = next((e for future in futures if (e := future.exception())), None)
+            if error is None:
+                done.set_result(None)
+            else:
+                done.set_exception(error)
+
+        _when_all(futures, warm)
+        return done
 
     def update(self, function: Callable[[], T]) -> Future[T]:
         """Change the first replica, then the others.

@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import atexit
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
 import anyio.to_thread
 import torch
+from tensordict import TensorDictBase
 
 import aioinfer.arguments as arguments
-from aioinfer.assembly import assemble, forward_sizes
+from aioinfer.assembly import assemble, example_request, forward_sizes
 from aioinfer.batching import DEFAULT_STATIC_TIMEOUT_S, DEFAULT_TIMEOUT_S, Batcher
 from aioinfer.blocking import BackgroundLoop
 from aioinfer.client import InferenceClient, SyncInferenceClient
@@ -81,6 +83,13 @@ class InferenceServer:
         devices: several such devices: each gets a replica of the policy, with a thread of its
             own, and batches go to whichever is free. The policy must be an ``nn.Module``, and
             updates may change the values of its parameters and buffers, nothing else.
+        compile: whether the policy is compiled by :func:`torch.compile`; or its arguments, as a
+            dict. Where that fails it runs as it is, and one warning says why.
+        cuda_graphs: whether the policy is captured as CUDA graphs, one for each of
+            ``batch_sizes``, by default 1, 2, 4, ... and ``max_batch_size`` (see
+            :doc:`/accelerators`). Where that fails it runs as it is, and one warning says why.
+        example: a request of one row like those to come: the server runs the policy on it in all
+            sizes, and so compiles and captures it, before it accepts requests.
         output_device: where replies are moved to; ``None`` brings them to the CPU if there is a
             ``device``, and leaves them where the policy put them if there is none.
         policy_version: the version the policy starts with.
@@ -110,6 +119,9 @@ class InferenceServer:
         collate_fn: CollateFn | None = None,
         device: torch.device | str | None = None,
         devices: Sequence[torch.device | str] | None = None,
+        compile: bool | Mapping[str, Any] = False,
+        cuda_graphs: bool = False,
+        example: TensorDictBase | None = None,
         output_device: torch.device | str | None = None,
         policy_version: int = 0,
         policy_version_key: Any = "policy_version",
@@ -135,7 +147,7 @@ class InferenceServer:
         if objective not in ("throughput", "latency"):
             raise ValueError(f"objective must be 'throughput' or 'latency', got {objective!r}")
         self._far_sighted = objective == "throughput"
-        self._sizes = forward_sizes(batch_sizes, fixed_batch, self._max_batch_size)
+        self._sizes = forward_sizes(batch_sizes, fixed_batch, cuda_graphs, self._max_batch_size)
         self._max_queue_size = (
             max(4096, 64 * self._max_batch_size)
             if max_queue_size is None
@@ -154,6 +166,8 @@ class InferenceServer:
             devices=devices,
             output_device=output_device,
             fixed_batch=fixed_batch,
+            compile=compile,
+            cuda_graphs=cuda_graphs,
             sizes=self._sizes,
             executor=executor,
             clock=self._clock,
@@ -163,6 +177,7 @@ class InferenceServer:
             return_inputs=arguments.flag("return_inputs", return_inputs),
         )
         self._slots = self._replicas.first
+        self._example = None if example is None else example_request(example)
         self._executor = self._replicas.executor
         self._recorder = StatsRecorder(self._clock())
         self._serving: Serving | None = None
@@ -306,6 +321,7 @@ class InferenceServer:
             self._recorder,
             self._clock,
             self._admit,
+            None if self._example is None else partial(self._replicas.warm_up, self._example),
         )
         await serving.open()
         self._serving = serving

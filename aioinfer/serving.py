@@ -12,6 +12,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import cast
 
 from aioinfer.batch import Batch, Outcome
@@ -49,6 +50,7 @@ class Serving:
         recorder: counts.
         clock: the server's clock.
         admit: raises for a signature that the policy cannot serve.
+        warm_up: is to be done before anything is accepted, once the executor runs.
     """
 
     def __init__(
@@ -60,12 +62,14 @@ class Serving:
         recorder: StatsRecorder,
         clock: Clock,
         admit: Callable[[Signature], None],
+        warm_up: Callable[[], Future[None]] | None = None,
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self._transports = transports
         self._batcher = batcher
         self._executor = executor
         self._run = run
+        self._warm_up = warm_up
         self._recorder = recorder
         self._clock = clock
         self._intake = Intake(
@@ -96,9 +100,12 @@ class Serving:
 
         Raises:
             RuntimeError: a transport already serves another server.
+            Exception: what the policy raised while it was warmed up.
         """
         self._executor.start(self._run_batch, self._on_finished)
         try:
+            if self._warm_up is not None:
+                await asyncio.wrap_future(self._warm_up())
             for transport in self._transports:
                 await transport.attach(self._intake)
                 self._attached.append(transport)
