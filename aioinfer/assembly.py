@@ -19,6 +19,7 @@ from aioinfer.replicas import Replicas, replicate
 from aioinfer.request import Request, Source
 from aioinfer.shortcut import shortcut
 from aioinfer.signature import describe
+from aioinfer.staging import IN_FLIGHT, CudaLane, Lane, StagedForward, pinned
 from aioinfer.streams import Seeded
 from aioinfer.weights.slots import Policy, Slots
 
@@ -91,14 +92,32 @@ def assemble(
     options = _compile_options(compile)
     if cuda_graphs and not all(_records(place) for place in places):
         raise ValueError(f"cuda_graphs=True needs CUDA devices, got {[str(p) for p in places]}")
-    slots, forwards = [], []
+    slots: list[Slots] = []
+    forwards: list[ForwardPass] = []
+    executors: list[Executor] = []
     for place, copy in zip(places, _placed(model, places), strict=True):
         recorder = CudaRecorder(place) if cuda_graphs and place is not None else None
         slots.append(Slots(copy, version, preparation(options, recorder, sizes)))
         collator = Collator(device=place, output_device=results_on, **collation)
-        forwards.append(ForwardPass(slots[-1], collator, clock, sizes))
-    executors = [ThreadExecutor() for _ in places] if executor is None else [executor]
-    return Replicas(slots, forwards, executors)
+        parts = slots[-1], collator, clock, sizes
+        lane = _lane(place, results_on) if collation["collate_fn"] is None else None
+        if lane is None or place is None:
+            forwards.append(ForwardPass(*parts))
+            executors.append(ThreadExecutor())
+        else:
+            staging = Collator(device=None, output_device=None, buffers=pinned(lane), **collation)
+            brings_back = results_on == _CPU
+            forwards.append(StagedForward(*parts, staging, lane, place, brings_back=brings_back))
+            executors.append(ThreadExecutor(lane.enter, IN_FLIGHT))
+    return Replicas(slots, forwards, executors if executor is None else [executor])
+
+
+def _lane(place: torch.device | None, results_on: torch.device | None) -> Lane | None:
+    """The queues of a device that has some, if replies stay there or go to the CPU."""
+    if place is None or place.type != "cuda" or results_on is None:
+        return None
+    stay = results_on.type == "cuda" and (results_on.index or 0) == (place.index or 0)
+    return CudaLane(place) if stay or results_on == _CPU else None
 
 
 _THREADS = (

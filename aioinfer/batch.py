@@ -14,7 +14,7 @@ Outcome = tuple[Request, Any]
 """A request and its result or, if it is one, its exception."""
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(slots=True, eq=False)
 class Batch:
     """What the server sends to the executor, and what it gets back."""
 
@@ -31,6 +31,10 @@ class Batch:
     forward_s: float = 0.0
     """Seconds in the policy."""
     answered_at: float = 0.0
+    began_at: float | None = None
+    """Since when it had its device for itself, where another batch was before it."""
+    early: bool = False
+    """Whether its executor took another batch before this one was finished."""
     replica: int = 0
     """Which of several replicas computes it."""
     _outcomes: list[Outcome] | None = dataclasses.field(default=None, repr=False)

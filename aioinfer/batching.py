@@ -218,10 +218,10 @@ class Batcher:
 
     def executor_free(self, requests: Sequence[Request], now: float) -> None:
         """The executor that runs these, those of one dispatch, can take a batch already."""
-        forward = next(forward for forward in self._running if forward.requests is requests)
-        if forward.holds:
-            forward.holds = False
-            self._release(now)
+        for forward in self._running:
+            if forward.requests is requests and forward.holds:
+                forward.holds = False
+                self._release(now)
 
     def forward_ended(
         self, requests: Sequence[Request], now: float, began_at: float | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -56,21 +56,33 @@ class ForwardPass:
         self._answered: dict[Signature, None] = {}
         self._room = Room()
 
-    def __call__(self, batch: Batch) -> None:
-        """Set the outcomes and times of ``batch``. Never raises."""
+    def __call__(self, batch: Batch) -> Callable[[], None] | None:
+        """Set the outcomes and times of ``batch``. Never raises.
+
+        Returns:
+            ``None``; or, of a subclass, what does so when called, on another thread: then the
+            batch was only started, and this thread can start the next.
+        """
         answers: Columns | list[Outcome]
         try:
             answers = self._answers(batch, batch.requests, batch.rows)
         except _DeviceDiedError as error:
             batch.fatal, batch.failed = error.died, True
             answers = [(request, copy_of(error.died)) for request in batch.requests]
-        if isinstance(answers, Columns):
-            batch.columns = answers
-        else:
-            batch.outcomes = answers
+        self._set_answers(batch, answers)
         batch.answered_at = self._clock()
         for request in batch.requests:
             request.data = None  # a caller may keep its future, and with it the request
+        return None
+
+    @staticmethod
+    def _set_answers(batch: Batch, answers: Columns | list[Any]) -> None:
+        if isinstance(answers, Columns):
+            batch.columns = answers
+        elif answers and isinstance(answers[0], tuple):
+            batch.outcomes = answers
+        else:
+            batch.outcomes = list(zip(batch.requests, answers, strict=True))
 
     def warm_up(self, request: Request) -> None:
         """Run a forward of each size, the largest first, on rows like that of ``request``.
@@ -157,11 +169,14 @@ class ForwardPass:
             answer = slot.call(inputs)
             batch.forward_s += self._clock() - started
             answers = self._collator.split(answer, requests, rows, size, slot.version)
+        self._note_success(signature, size)
+        return answers
+
+    def _note_success(self, signature: Signature, size: int) -> None:
         if signature not in self._answered:
             self._remember(signature)
         if size <= self._room.rows < sys.maxsize:
             self._room.worked(size)
-        return answers
 
     def _remember(self, signature: Signature) -> None:
         if len(self._answered) >= 8:

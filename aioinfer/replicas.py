@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from aioinfer.batch import Batch
-from aioinfer.executor import Executor
+from aioinfer.executor import Executor, Report, Run
 from aioinfer.forward import ForwardPass
 from aioinfer.request import Request
 from aioinfer.weights.slots import Policy, Slots
@@ -50,18 +50,15 @@ class ExecutorPool:
         self._executors = executors
         self._free: deque[int] = deque()
 
-    def start(self, run: Callable[[Batch], None], finished: Callable[[Batch], None]) -> None:
+    def start(self, run: Run, finished: Report, free: Report | None = None) -> None:
         """Get all of them ready."""
         self._free = deque(range(len(self._executors)))
-        for replica, executor in enumerate(self._executors):
-            executor.start(run, partial(self._finished, self._free, replica, finished))
-
-    @staticmethod
-    def _finished(
-        free: deque[int], replica: int, finished: Callable[[Batch], None], batch: Batch
-    ) -> None:
-        free.append(replica)  # before anybody hears of it and submits the next
-        finished(batch)
+        for executor in self._executors:
+            executor.start(
+                run,
+                partial(_report_finished, self._free, finished),
+                None if free is None else partial(_report_free, self._free, free),
+            )
 
     def submit(self, batch: Batch) -> None:
         """Run a batch where nothing runs."""
@@ -83,6 +80,21 @@ class ExecutorPool:
         futures = [executor.stop() for executor in self._executors]
         _when_all(futures, partial(stopped.set_result, None))
         return stopped
+
+
+# Both on a free one before anybody hears of it, and submits the next batch.
+
+
+def _report_free(free: deque[int], report: Report, batch: Batch) -> None:
+    batch.early = True
+    free.append(batch.replica)
+    report(batch)
+
+
+def _report_finished(free: deque[int], report: Report, batch: Batch) -> None:
+    if not batch.early:
+        free.append(batch.replica)
+    report(batch)
 
 
 class Replicas:
@@ -107,7 +119,7 @@ class Replicas:
         alone = len(slots) == 1
         self.executor = executors[0] if alone else ExecutorPool(executors)
         """Runs the batches of all of them."""
-        self.run: Callable[[Batch], None] = forwards[0] if alone else self._run
+        self.run: Run = forwards[0] if alone else self._run
         """Runs one batch, on its executor."""
 
     def __len__(self) -> int:
@@ -124,8 +136,8 @@ class Replicas:
         """The version that all of them have reached."""
         return min([slots.current.version for slots in self._slots])
 
-    def _run(self, batch: Batch) -> None:
-        self._forwards[batch.replica](batch)
+    def _run(self, batch: Batch) -> Callable[[], None] | None:
+        return self._forwards[batch.replica](batch)
 
     def warm_up(self, request: Request) -> Future[None]:
         """Run forwards of each size on all of them; only once the executor was started."""

@@ -8,6 +8,7 @@ something it asked for happened: enough arrivals, a finished batch, a timer.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 from collections import deque
@@ -25,7 +26,7 @@ from aioinfer.errors import (
     ServerClosedError,
     ServerDiedError,
 )
-from aioinfer.executor import Executor
+from aioinfer.executor import Executor, Run
 from aioinfer.faults import copy_of
 from aioinfer.intake import Intake, Notice, loop_closed, running_loop
 from aioinfer.request import ColumnPort, GivenUp, ReplyPort, Request, State
@@ -58,7 +59,7 @@ class Serving:
         transports: Sequence[InferenceTransport],
         batcher: Batcher,
         executor: Executor,
-        run: Callable[[Batch], None],
+        run: Run,
         recorder: StatsRecorder,
         clock: Clock,
         admit: Callable[[Signature], None],
@@ -85,6 +86,7 @@ class Serving:
         self._attached: list[InferenceTransport] = []
         # Batches on their way back: from the executor thread, and then still to be answered.
         self._finished: deque[tuple[Batch, list[_Delivery]]] = deque()
+        self._freed: deque[Batch] = deque()
         self._done: deque[list[_Delivery]] = deque()
         self._timer: TimerHandle | None = None
         self._timer_at = 0.0
@@ -102,7 +104,7 @@ class Serving:
             RuntimeError: a transport already serves another server.
             Exception: what the policy raised while it was warmed up.
         """
-        self._executor.start(self._run_batch, self._on_finished)
+        self._executor.start(self._run_batch, self._on_finished, self._on_free)
         try:
             if self._warm_up is not None:
                 await asyncio.wrap_future(self._warm_up())
@@ -210,6 +212,8 @@ class Serving:
                 return
 
     def _take_finished(self) -> None:
+        while self._freed:
+            self._batcher.executor_free(self._freed.popleft().requests, self._clock())
         while self._finished:
             batch, deliveries = self._finished.popleft()
             self._running.remove(batch)
@@ -217,7 +221,7 @@ class Serving:
             if batch.failed:
                 self._count_failures(batch)
                 self._fatal = batch.fatal or self._fatal
-            self._batcher.forward_ended(batch.requests, batch.answered_at)
+            self._batcher.forward_ended(batch.requests, batch.answered_at, batch.began_at)
 
     def _take_notices(self) -> None:
         notices = self._intake.notices
@@ -300,9 +304,14 @@ class Serving:
 
     # -- replies ------------------------------------------------------------
 
-    def _run_batch(self, batch: Batch) -> None:
-        if not self._over:
-            self._run(batch)
+    def _run_batch(self, batch: Batch) -> Callable[[], None] | None:
+        return None if self._over else self._run(batch)
+
+    def _on_free(self, batch: Batch) -> None:
+        """The executor can take another batch beside this one. Runs on a thread of its own."""
+        self._freed.append(batch)
+        with contextlib.suppress(RuntimeError):  # the loop was closed
+            self.loop.call_soon_threadsafe(self._pump)
 
     def _on_finished(self, batch: Batch) -> None:
         """The executor finished a batch. Runs on the thread that ran it."""
