@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import InThread, action, outcomes, row, rows, within
+from helpers import InThread, action, outcomes, row, rows, until, within
 from tensordict import TensorDict, TensorDictBase
 
 from aioinfer import InferenceServer, ModelError, ServerClosedError, ServerDiedError
@@ -173,7 +173,7 @@ class TestDeviceDied:
                 assert "device-side assert triggered" in str(error)
                 assert "the device failed" in str(error)
                 assert "device-side" in str(error.__cause__)
-            assert not server.is_alive
+            await until(lambda: not server.is_alive)
             (late,) = await outcomes(client(row(7)))
             assert isinstance(late, ServerClosedError)
         assert len(model.batch_sizes) == 1  # nothing was tried again
