@@ -100,7 +100,9 @@ def assemble(
         slots.append(Slots(copy, version, preparation(options, recorder, sizes)))
         collator = Collator(device=place, output_device=results_on, **collation)
         parts = slots[-1], collator, clock, sizes
-        lane = _lane(place, results_on) if collation["collate_fn"] is None else None
+        lane = None
+        if executor is None and collation["collate_fn"] is None:
+            lane = _lane(place, results_on)
         if lane is None or place is None:
             forwards.append(ForwardPass(*parts))
             executors.append(ThreadExecutor())

@@ -383,6 +383,8 @@ def _serve(
 
 def _executor(options: dict[str, Any]) -> NearExecutor | None:
     """Nobody else needs this process's loop; but a device has one thread that uses it."""
+    if options.get("devices") is not None:
+        return None
     device = options.get("device")
     return NearExecutor() if device is None or torch.device(device).type == "cpu" else None
 

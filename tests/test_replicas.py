@@ -10,8 +10,9 @@ import pytest
 import torch
 from helpers import InThread, action, all_well, outcomes, row, rows, until, within
 from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModule
 
-from aioinfer import InferenceServer, ModelError, ServerClosedError
+from aioinfer import InferenceServer, ModelError, ProcessInferenceServer, ServerClosedError
 from aioinfer.testing import PuppetExecutor, RecordingModel
 
 
@@ -58,6 +59,11 @@ class _Shared:
 
 
 TWO = ["cpu", "cpu"]
+
+
+def two_linear() -> TensorDictModule:
+    """A policy that a process can make."""
+    return TensorDictModule(torch.nn.Linear(3, 2), in_keys=["observation"], out_keys=["action"])
 
 
 class TestFeeding:
@@ -264,6 +270,13 @@ class TestLife:
                 await within(server.aclose(drain=False))
                 found = await outcomes(*futures)
         assert [type(error) for error in found] == [ServerClosedError] * 3
+
+    async def test_in_a_process_of_its_own(self) -> None:
+        """The options reach the child, which has a thread for each replica."""
+        async with ProcessInferenceServer(two_linear, devices=TWO, max_batch_size=1) as server:
+            client = server.async_client()
+            replies = await within(asyncio.gather(*(client(row(1)) for _ in range(4))), 60.0)
+        assert len({tuple(reply["action"].tolist()) for reply in replies}) == 1
 
     def test_a_policy_that_cannot_be_copied(self) -> None:
         """A bare callable is refused; there would be one, used by two threads at once."""
