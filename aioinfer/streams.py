@@ -96,11 +96,16 @@ class Seeded:
 
     def __call__(self, batch: TensorDictBase) -> Any:
         """Run the policy."""
-        streams = batch.get(KEY, None) if isinstance(batch, TensorDictBase) else None
-        if streams is None:
+        # The dictionary itself, where it is one: asking the TensorDict takes a microsecond.
+        entries = getattr(batch, "_tensordict", None)
+        if KEY not in (_keys(batch) if entries is None else entries):
             return self._call(batch)
-        with RowRandom(streams):
+        with RowRandom(batch.get(KEY)):
             return self._eager(batch.exclude(KEY))
+
+
+def _keys(batch: Any) -> Any:
+    return batch.keys() if isinstance(batch, TensorDictBase) else ()
 
 
 class RowRandom(TorchDispatchMode):
