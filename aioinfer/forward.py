@@ -76,13 +76,11 @@ class ForwardPass:
         return None
 
     @staticmethod
-    def _set_answers(batch: Batch, answers: Columns | list[Any]) -> None:
+    def _set_answers(batch: Batch, answers: Columns | list[Outcome]) -> None:
         if isinstance(answers, Columns):
             batch.columns = answers
-        elif answers and isinstance(answers[0], tuple):
-            batch.outcomes = answers
         else:
-            batch.outcomes = list(zip(batch.requests, answers, strict=True))
+            batch.outcomes = answers
 
     def warm_up(self, request: Request) -> None:
         """Run a forward of each size, the largest first, on rows like that of ``request``.

@@ -24,7 +24,7 @@ from aioinfer.batch import Batch
 from aioinfer.batching import fitting_size
 from aioinfer.buffers import Buffers
 from aioinfer.clock import Clock
-from aioinfer.collation import Collator
+from aioinfer.collation import Collator, Columns
 from aioinfer.errors import ServerDiedError
 from aioinfer.faults import copy_of, device_died
 from aioinfer.forward import ForwardPass
@@ -239,6 +239,8 @@ class StagedForward(ForwardPass):
             if self._brings_back:
                 columns = {key: column.clone() for key, column in columns.items()}
             answers = self._staging.answers(columns, requests, staged.rows, staged.version)
+            if not isinstance(answers, Columns):
+                answers = list(zip(requests, answers, strict=True))
             self._set_answers(batch, answers)
         except BaseException as error:
             # What the device reports this late it reports to everybody from now on.
