@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from multiprocessing import resource_tracker
 from typing import Any
 
 import pytest
@@ -57,6 +58,8 @@ class _Shared:
     def __deepcopy__(self, memo: Any) -> _Shared:
         return self
 
+
+resource_tracker.ensure_running()  # started with the first spawned process; it stays
 
 TWO = ["cpu", "cpu"]
 
