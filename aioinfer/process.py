@@ -12,6 +12,7 @@ import pickle
 import signal
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Mapping
 from multiprocessing import connection
 from multiprocessing.connection import Connection
@@ -76,7 +77,9 @@ class ProcessInferenceServer:
             raise TypeError(f"policy_factory must be callable, got {policy_factory!r}")
         if transport is not None and not isinstance(transport, MPTransport):
             raise TypeError(f"transport must be an MPTransport or None, got {transport!r}")
-        InferenceServer(torch.nn.Identity(), **options)  # refuses a wrong option here and now
+        with warnings.catch_warnings():  # the child will give them, if they hold there
+            warnings.simplefilter("ignore")
+            InferenceServer(torch.nn.Identity(), **options)  # refuses a wrong option here and now
         self._factory = policy_factory
         self._transport = MPTransport() if transport is None else transport
         self._ctx: Any = ctx or self._transport.ctx or multiprocessing.get_context("spawn")

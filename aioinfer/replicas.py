@@ -75,11 +75,7 @@ class ExecutorPool:
 
     def stop(self) -> Future[None]:
         """Finish what was submitted, then end."""
-        stopped: Future[None] = Future()
-        stopped.set_running_or_notify_cancel()
-        futures = [executor.stop() for executor in self._executors]
-        _when_all(futures, partial(stopped.set_result, None))
-        return stopped
+        return _all_done([executor.stop() for executor in self._executors])
 
 
 # Both on a free one before anybody hears of it, and submits the next batch.
@@ -141,22 +137,8 @@ class Replicas:
 
     def warm_up(self, request: Request) -> Future[None]:
         """Run forwards of each size on all of them; only once the executor was started."""
-        done: Future[None] = Future()
-        done.set_running_or_notify_cancel()
-        futures = [
-            executor.call(partial(forward.warm_up, request))
-            for executor, forward in zip(self._executors, self._forwards, strict=True)
-        ]
-
-        def warm() -> None:
-            error = next((e for future in futures if (e := future.exception())), None)
-            if error is None:
-                done.set_result(None)
-            else:
-                done.set_exception(error)
-
-        _when_all(futures, warm)
-        return done
+        pairs = zip(self._executors, self._forwards, strict=True)
+        return _all_done([e.call(partial(forward.warm_up, request)) for e, forward in pairs])
 
     def update(self, function: Callable[[], T]) -> Future[T]:
         """Change the first replica, then the others.
@@ -186,20 +168,22 @@ class Replicas:
         changed.add_done_callback(partial(self._spread, done))
         return done
 
-    def _spread(self, done: Future[T], changed: Future[T]) -> None:
+    def follow(self) -> Future[None]:
+        """Let the others take over what the first one serves now; for weights that came to it."""
         others = range(1, len(self))
-        futures = [self._executors[i].call(partial(self._follow, self._slots[i])) for i in others]
+        return _all_done(
+            [self._executors[i].call(partial(self._follow, self._slots[i])) for i in others]
+        )
 
-        def followed() -> None:
-            error = changed.exception()
-            for future in futures:
-                error = error or future.exception()
+    def _spread(self, done: Future[T], changed: Future[T]) -> None:
+        def followed(following: Future[None]) -> None:
+            error = changed.exception() or following.exception()
             if error is None:
                 done.set_result(changed.result())
             else:
                 done.set_exception(error)
 
-        _when_all(futures, followed)
+        self.follow().add_done_callback(followed)
 
     def _follow(self, slots: Slots) -> None:
         with self._lock:
@@ -223,17 +207,26 @@ def _copy_weights(source: Any, target: Any) -> None:
             tensor.copy_(theirs[name])
 
 
-def _when_all(futures: Sequence[Future[Any]], then: Callable[[], object]) -> None:
-    """Call ``then`` once all of them are done, on the thread of the last one."""
+def _all_done(futures: Sequence[Future[Any]]) -> Future[None]:
+    """A future of the end of all of them, and of the first of their errors."""
+    done: Future[None] = Future()
+    done.set_running_or_notify_cancel()  # so that nobody can cancel it
     left = list(futures)
     lock = threading.Lock()
 
     def one_is_done(future: Future[Any]) -> None:
         with lock:
             left.remove(future)
-            last = not left
-        if last:
-            then()
+            if left:
+                return
+        error = next((error for future in futures if (error := future.exception())), None)
+        if error is None:
+            done.set_result(None)
+        else:
+            done.set_exception(error)
 
     for future in futures:
         future.add_done_callback(one_is_done)
+    if not futures:
+        done.set_result(None)
+    return done

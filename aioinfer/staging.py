@@ -201,28 +201,36 @@ class StagedForward(ForwardPass):
         began_at = self._clock()
         slot = self._slots.current
         mode = _AS_IS if signature.mode is None else sampling(slot.model, signature.mode)
-        with torch.no_grad(), mode:
-            host = self._staging.gather(batch.requests, rows, size)
-            with lane.copying_in():
-                inputs = {k: leaf.to(self._device, non_blocking=True) for k, leaf in host.items()}
-                copied = lane.mark()
-            lane.wait_for(copied)
-            # A TensorDict of its own: the policy may write into it, and they must stay alive.
-            answer = slot.call(new_tensordict(dict(inputs), torch.Size([size])))
-            columns = self._staging.columns(answer, size)
-            if columns is None:
-                return None
-            computed = lane.mark()
-            if self._brings_back:
-                with lane.copying_out():
-                    lane.wait_for(computed)
-                    found = {k: self._fetch(column[:rows]) for k, column in columns.items()}
-                    computed = lane.mark()
-            else:
+        alive: list[Any] = []
+        try:
+            with torch.no_grad(), mode:
+                host = self._staging.gather(batch.requests, rows, size)
+                alive.append(host)
+                with lane.copying_in():
+                    inputs = {k: v.to(self._device, non_blocking=True) for k, v in host.items()}
+                    copied = lane.mark()
+                alive.append(inputs)
+                lane.wait_for(copied)
+                # A TensorDict of its own, for the policy may write into it.
+                answer = slot.call(new_tensordict(dict(inputs), torch.Size([size])))
+                columns = self._staging.columns(answer, size)
+                if columns is None:
+                    lane.block_on(lane.mark())
+                    return None
+                alive += answer, columns
+                done = lane.mark()
                 found = {key: column[:rows] for key, column in columns.items()}
+                if self._brings_back:
+                    with lane.copying_out():
+                        lane.wait_for(done)
+                        found = {key: self._fetch(column) for key, column in found.items()}
+                        done = lane.mark()
+        except BaseException:
+            # Its memory must not be used again while the device may still read it.
+            lane.block_on(lane.mark())
+            raise
         self._note_success(signature, size)
-        alive = host, inputs, answer, columns
-        return _Staged(computed, found, rows, slot.version, began_at, alive)
+        return _Staged(done, found, rows, slot.version, began_at, alive)
 
     def _fetch(self, column: torch.Tensor) -> torch.Tensor:
         target = self._replies.take(tuple(column.shape), column.dtype)
