@@ -8,6 +8,7 @@ from aioinfer.errors import (
     QueueFullError,
     ServerClosedError,
     ServerDiedError,
+    WeightSyncError,
 )
 from aioinfer.process import ProcessInferenceServer
 from aioinfer.server import InferenceServer
@@ -16,23 +17,40 @@ from aioinfer.transports.asyncio import AsyncioTransport
 from aioinfer.transports.base import InferenceTransport
 from aioinfer.transports.mp import MPTransport
 from aioinfer.transports.threading import ThreadingTransport
+from aioinfer.weights import torchrl as torchrl  # it registers itself
+from aioinfer.weights.base import Ticket, WeightSyncScheme
+from aioinfer.weights.delivery import SendReport
+from aioinfer.weights.distributed import DistributedWeightSyncScheme
+from aioinfer.weights.in_process import InProcessWeightSyncScheme
+from aioinfer.weights.manifest import Manifest
+from aioinfer.weights.receiving import Staged
+from aioinfer.weights.shared_memory import SharedMemWeightSyncScheme
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AsyncioTransport",
+    "DistributedWeightSyncScheme",
+    "InProcessWeightSyncScheme",
     "InferenceClient",
     "InferenceError",
     "InferenceServer",
     "InferenceTransport",
     "InvalidRequestError",
     "MPTransport",
+    "Manifest",
     "ModelError",
     "ProcessInferenceServer",
     "QueueFullError",
+    "SendReport",
     "ServerClosedError",
     "ServerDiedError",
     "ServerStats",
+    "SharedMemWeightSyncScheme",
+    "Staged",
     "SyncInferenceClient",
     "ThreadingTransport",
+    "Ticket",
+    "WeightSyncError",
+    "WeightSyncScheme",
 ]

@@ -22,6 +22,7 @@ from aioinfer.signature import describe
 from aioinfer.staging import IN_FLIGHT, CudaLane, Lane, StagedForward, pinned
 from aioinfer.streams import Seeded
 from aioinfer.weights.slots import Policy, Slots
+from aioinfer.weights.streams import CudaStreams
 
 _CPU = torch.device("cpu")
 _VECTOR = 16
@@ -96,22 +97,35 @@ def assemble(
     forwards: list[ForwardPass] = []
     executors: list[Executor] = []
     for place, copy in zip(places, _placed(model, places), strict=True):
-        recorder = CudaRecorder(place) if cuda_graphs and place is not None else None
-        slots.append(Slots(copy, version, preparation(options, recorder, sizes)))
-        collator = Collator(device=place, output_device=results_on, **collation)
-        parts = slots[-1], collator, clock, sizes
         lane = None
         if executor is None and collation["collate_fn"] is None:
             lane = _lane(place, results_on)
+        if executor is not None:
+            executors.append(executor)
+        elif lane is None:
+            executors.append(ThreadExecutor())
+        else:
+            executors.append(ThreadExecutor(lane.enter, IN_FLIGHT))
+        on_cuda = place is not None and place.type == "cuda"
+        recorder = CudaRecorder(place) if cuda_graphs and place is not None else None
+        slots.append(
+            Slots(
+                copy,
+                version,
+                preparation(options, recorder, sizes),
+                executors[-1].call,
+                CudaStreams(place) if place is not None and on_cuda else None,
+            )
+        )
+        collator = Collator(device=place, output_device=results_on, **collation)
+        parts = slots[-1], collator, clock, sizes
         if lane is None or place is None:
             forwards.append(ForwardPass(*parts))
-            executors.append(ThreadExecutor())
         else:
             staging = Collator(device=None, output_device=None, buffers=pinned(lane), **collation)
             brings_back = results_on == _CPU
             forwards.append(StagedForward(*parts, staging, lane, place, brings_back=brings_back))
-            executors.append(ThreadExecutor(lane.enter, IN_FLIGHT))
-    return Replicas(slots, forwards, executors if executor is None else [executor])
+    return Replicas(slots, forwards, executors)
 
 
 def _lane(place: torch.device | None, results_on: torch.device | None) -> Lane | None:

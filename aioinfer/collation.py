@@ -25,6 +25,9 @@ from aioinfer.tensordicts import new_tensordict
 
 CollateFn = Callable[[list[TensorDictBase]], TensorDictBase]
 
+STALE_KEY = "policy_stale"
+"""Where a reply says whether the weights were older than they should be."""
+
 _ROW = torch.Size([])
 
 
@@ -181,9 +184,18 @@ class Collator:
     # -- the answer to results ----------------------------------------------
 
     def split(
-        self, answer: Any, requests: Sequence[Request], rows: int, size: int, version: int
+        self,
+        answer: Any,
+        requests: Sequence[Request],
+        rows: int,
+        size: int,
+        version: int,
+        stale: bool | None = None,
     ) -> Columns | list[TensorDictBase]:
         """Take the policy's answer apart, in the order of the requests; drop padded rows.
+
+        ``stale`` says whether the weights are older than they should be; ``None`` adds nothing
+        to the results.
 
         Returns:
             One result per request or, where a request has simply its rows of plain tensors,
@@ -196,8 +208,8 @@ class Collator:
         if columns is not None:
             if size > rows:
                 columns = {key: column[:rows] for key, column in columns.items()}
-            return self.answers(columns, requests, rows, version)
-        results = self._split_any(answer, requests, version)
+            return self.answers(columns, requests, rows, version, stale)
+        results = self._split_any(answer, requests, version, stale)
         if self._return_inputs:
             results = [_with_inputs(r, result) for r, result in zip(requests, results, strict=True)]
         return results
@@ -219,10 +231,13 @@ class Collator:
         requests: Sequence[Request],
         rows: int,
         version: int,
+        stale: bool | None = None,
     ) -> Columns | list[TensorDictBase]:
         """Of columns without padding what :meth:`split` returns."""
         if self._version_key is not None:
             columns[self._version_key] = torch.full((rows,), version)
+        if stale is not None:
+            columns[STALE_KEY] = torch.full((rows,), stale)
         answers = Columns.of(columns, requests, rows)
         if not self._return_inputs:
             return answers
@@ -258,7 +273,11 @@ class Collator:
         return moved
 
     def _split_any(
-        self, answer: TensorDictBase, requests: Sequence[Request], version: int
+        self,
+        answer: TensorDictBase,
+        requests: Sequence[Request],
+        version: int,
+        stale: bool | None,
     ) -> list[TensorDictBase]:
         if self._out_keys is not None:
             missing = [key for key in self._out_keys if answer.get(key, None) is None]
@@ -276,6 +295,8 @@ class Collator:
             answer = answer.to(self._output_device)
         if self._version_key is not None:
             answer.set(self._version_key, torch.full(answer.batch_size, version))
+        if stale is not None:
+            answer.set(STALE_KEY, torch.full(answer.batch_size, stale))
         results = []
         start = 0
         for request in requests:

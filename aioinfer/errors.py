@@ -7,7 +7,8 @@
     ├── ServerDiedError       the server went away without being asked to
     ├── QueueFullError        no room, and the caller asked not to wait for it
     ├── InvalidRequestError   this request cannot be served (also a ValueError)
-    └── ModelError            the policy failed on this request; see ``__cause__``
+    ├── ModelError            the policy failed on this request; see ``__cause__``
+    └── WeightSyncError       weights that do not fit, or that are too old to be served
 
 A deadline that passes is the built-in :class:`TimeoutError`; a wrong argument is a
 :class:`ValueError` or :class:`TypeError`. Every waiting caller gets an exception
@@ -23,6 +24,7 @@ __all__ = [
     "QueueFullError",
     "ServerClosedError",
     "ServerDiedError",
+    "WeightSyncError",
 ]
 
 
@@ -50,4 +52,11 @@ class ModelError(InferenceError):
     """The policy raised, or returned something that is not an answer to the request.
 
     ``__cause__`` is the exception of the policy, with its traceback, where it raised one.
+    """
+
+
+class WeightSyncError(InferenceError):
+    """Weights were refused, or those in service are older than the server may serve.
+
+    Refused weights change nothing: what was served goes on being served.
     """

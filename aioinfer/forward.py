@@ -20,6 +20,7 @@ from aioinfer.request import Request
 from aioinfer.sampling import sampling
 from aioinfer.signature import Signature
 from aioinfer.splitting import cut
+from aioinfer.weights.receiving import Freshness
 from aioinfer.weights.slots import Slots
 
 _AS_IS = contextlib.nullcontext()
@@ -51,6 +52,7 @@ class ForwardPass:
     ) -> None:
         self._sizes = sizes
         self._slots = slots
+        self._freshness: Freshness | None = None
         self._collator = collator
         self._clock = clock
         self._answered: dict[Signature, None] = {}
@@ -82,14 +84,18 @@ class ForwardPass:
         else:
             batch.outcomes = answers
 
+    def tag(self, freshness: Freshness) -> None:
+        """Let replies say whether the weights are too old."""
+        self._freshness = freshness
+
     def warm_up(self, request: Request) -> None:
         """Run a forward of each size, the largest first, on rows like that of ``request``.
 
         Raises:
             Exception: what the policy raised.
         """
-        slot = self._slots.current
         for size in reversed(self._sizes or (1, 2)):
+            slot = self._slots.take()
             try:
                 with torch.no_grad():
                     slot.call(self._collator.collate([request], 1, size))
@@ -97,6 +103,8 @@ class ForwardPass:
                 if not is_out_of_memory(error) or size == 1:
                     raise
                 self._room.exceeded(size, self._fewer(size))
+            finally:
+                self._slots.give_back(slot)
 
     def _answers(self, batch: Batch, requests: list[Request], rows: int) -> Columns | list[Outcome]:
         out_of_memory = False
@@ -159,16 +167,24 @@ class ForwardPass:
     def _forward(self, batch: Batch, requests: list[Request], rows: int) -> Columns | list[Any]:
         size = fitting_size(self._sizes, rows)
         signature: Signature = requests[0].signature  # type: ignore[assignment]
-        slot = self._slots.current
-        mode = _AS_IS if signature.mode is None else sampling(slot.model, signature.mode)
-        with torch.no_grad(), mode:
-            inputs = self._collator.collate(requests, rows, size)
-            started = self._clock()
-            answer = slot.call(inputs)
-            batch.forward_s += self._clock() - started
-            answers = self._collator.split(answer, requests, rows, size, slot.version)
+        slot = self._slots.take()
+        try:
+            mode = _AS_IS if signature.mode is None else sampling(slot.model, signature.mode)
+            with torch.no_grad(), mode:
+                inputs = self._collator.collate(requests, rows, size)
+                started = self._clock()
+                answer = slot.call(inputs)
+                batch.forward_s += self._clock() - started
+                answers = self._collator.split(
+                    answer, requests, rows, size, slot.version, self._is_stale()
+                )
+        finally:
+            self._slots.give_back(slot)
         self._note_success(signature, size)
         return answers
+
+    def _is_stale(self) -> bool | None:
+        return None if self._freshness is None else self._freshness.fault() is not None
 
     def _note_success(self, signature: Signature, size: int) -> None:
         if signature not in self._answered:

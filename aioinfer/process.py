@@ -32,6 +32,7 @@ from aioinfer.server import InferenceServer
 from aioinfer.stats import ServerStats
 from aioinfer.transports.mp import MPTransport
 from aioinfer.transports.wire import RemoteTraceback
+from aioinfer.weights.base import WeightSyncScheme
 
 if TYPE_CHECKING:
     from aioinfer.client import InferenceClient, SyncInferenceClient
@@ -77,9 +78,16 @@ class ProcessInferenceServer:
             raise TypeError(f"policy_factory must be callable, got {policy_factory!r}")
         if transport is not None and not isinstance(transport, MPTransport):
             raise TypeError(f"transport must be an MPTransport or None, got {transport!r}")
+        known = {name: value for name, value in options.items() if name != "weight_sync"}
         with warnings.catch_warnings():  # the child will give them, if they hold there
             warnings.simplefilter("ignore")
-            InferenceServer(torch.nn.Identity(), **options)  # refuses a wrong option here and now
+            InferenceServer(torch.nn.Identity(), **known)  # refuses a wrong option here and now
+        weight_sync = options.get("weight_sync")
+        if weight_sync is not None and WeightSyncScheme.of(weight_sync).in_process:
+            raise TypeError(
+                f"weight_sync must reach another process, and {type(weight_sync).__name__} "
+                "does not; SharedMemWeightSyncScheme does"
+            )
         self._factory = policy_factory
         self._transport = MPTransport() if transport is None else transport
         self._ctx: Any = ctx or self._transport.ctx or multiprocessing.get_context("spawn")

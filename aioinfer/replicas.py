@@ -22,6 +22,7 @@ from aioinfer.batch import Batch
 from aioinfer.executor import Executor, Report, Run
 from aioinfer.forward import ForwardPass
 from aioinfer.request import Request
+from aioinfer.weights.receiving import Freshness
 from aioinfer.weights.slots import Policy, Slots
 
 T = TypeVar("T")
@@ -168,6 +169,11 @@ class Replicas:
         changed.add_done_callback(partial(self._spread, done))
         return done
 
+    def tag(self, freshness: Freshness) -> None:
+        """Let replies say whether the weights are too old."""
+        for forward in self._forwards:
+            forward.tag(freshness)
+
     def follow(self) -> Future[None]:
         """Let the others take over what the first one serves now; for weights that came to it."""
         others = range(1, len(self))
@@ -187,9 +193,12 @@ class Replicas:
 
     def _follow(self, slots: Slots) -> None:
         with self._lock:
-            leader = self._slots[0].current
-            slots.update(partial(_copy_weights, leader.model), mark=False)
-            slots.current.version = leader.version
+            leader = self._slots[0].take()  # it is not written to until it is given back
+            try:
+                slots.update(partial(_copy_weights, leader.model), mark=False)
+                slots.current.version = leader.version
+            finally:
+                self._slots[0].give_back(leader)
 
 
 def _copy_weights(source: Any, target: Any) -> None:

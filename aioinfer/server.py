@@ -28,6 +28,8 @@ from aioinfer.serving import Serving
 from aioinfer.signature import Signature
 from aioinfer.stats import ServerStats, StatsRecorder
 from aioinfer.transports.base import InferenceTransport
+from aioinfer.weights.base import Link, WeightSyncScheme
+from aioinfer.weights.receiving import Freshness, ServedWeights, StalenessPolicy
 from aioinfer.weights.slots import Policy
 
 T = TypeVar("T")
@@ -96,6 +98,16 @@ class InferenceServer:
         policy_version_key: where a reply says which version computed it (int64, of the
             request's batch size); ``None`` leaves it out.
         return_inputs: whether a reply holds the request's own entries too.
+        weight_sync: brings new weights while the server runs (see :doc:`/weights`). The server
+            then serves copies of ``model``, which must be an ``nn.Module``.
+        weight_sync_model_id: what the weights are called; it names this server in reports.
+        max_staleness: versions that the weights in service may be behind the newest that the
+            trainer has; ``None`` for any number.
+        max_age_s: seconds that weights may be in service; ``None`` for any time.
+        staleness_policy: what becomes of requests while the weights are older than that:
+            ``"reject"`` answers them with :class:`~aioinfer.errors.WeightSyncError`, ``"wait"``
+            lets them wait for newer weights, and ``"tag"`` serves them; every reply then says
+            in ``"policy_stale"`` (bool, of the request's batch size) whether they were.
         clock: the clock of everything that has to do with time; for tests.
         executor: runs the batches; for tests. ``None`` is one thread.
 
@@ -126,6 +138,11 @@ class InferenceServer:
         policy_version: int = 0,
         policy_version_key: Any = "policy_version",
         return_inputs: bool = False,
+        weight_sync: Any = None,
+        weight_sync_model_id: str = "policy",
+        max_staleness: int | None = None,
+        max_age_s: float | None = None,
+        staleness_policy: StalenessPolicy = "reject",
         clock: Clock | None = None,
         executor: Executor | None = None,
     ) -> None:
@@ -179,6 +196,23 @@ class InferenceServer:
         self._slots = self._replicas.first
         self._example = None if example is None else example_request(example)
         self._executor = self._replicas.executor
+        self._freshness = Freshness(
+            self._slots, self._clock, max_staleness, max_age_s, staleness_policy
+        )
+        self._weight_sync = None if weight_sync is None else WeightSyncScheme.of(weight_sync)
+        self._link: Link | None = None
+        if self._weight_sync is not None:
+            self._slots.manifest()  # refuses what has no weights
+            # What the caller has in its hands, and perhaps trains, must not be what serves.
+            if self._weight_sync.mode == "slots" or self._weight_sync.in_process:
+                self._slots.own()
+        self._weights = ServedWeights(
+            weight_sync_model_id, self._slots, self._freshness, self._count, self._on_published
+        )
+        tags = self._freshness.limited and staleness_policy == "tag"
+        self._holds_back = self._freshness.limited and not tags
+        if tags:
+            self._replicas.tag(self._freshness)
         self._recorder = StatsRecorder(self._clock())
         self._serving: Serving | None = None
         self._task: asyncio.Task[None] | None = None
@@ -239,7 +273,10 @@ class InferenceServer:
     def _update(self, update_fn: Callable[[Any], T], mark: bool) -> Callable[[], T]:
         def update() -> T:
             result = self._slots.update(update_fn, mark=mark)
-            self._recorder.weight_updates += mark
+            if mark:
+                self._freshness.renewed()
+                self._count("weight_updates", 1)
+                self._on_new_weights()
             return result
 
         return update
@@ -263,6 +300,8 @@ class InferenceServer:
             self._clock(),
             queue_depth=0 if serving is None else serving.queue_depth,
             policy_version=self.policy_version,
+            policy_staleness=self._freshness.staleness,
+            policy_age_s=self._freshness.age_s,
             reset=reset,
         )
 
@@ -322,10 +361,19 @@ class InferenceServer:
             self._clock,
             self._admit,
             None if self._example is None else partial(self._replicas.warm_up, self._example),
+            self._freshness if self._holds_back else None,
         )
-        await serving.open()
+        # First the weights, so that the first answer is of the newest there are.
+        if self._weight_sync is not None:
+            await anyio.to_thread.run_sync(self._attach_weight_sync, self._weight_sync)
+        try:
+            await serving.open()
+        except BaseException:
+            self._detach_weight_sync()
+            raise
         self._serving = serving
         self._task = asyncio.create_task(serving.run(), name="InferenceServer")
+        self._task.add_done_callback(lambda _: self._detach_weight_sync())
 
     async def _close(self, timeout: float | None, drain: bool) -> None:
         serving, task = self._serving, self._task
@@ -414,6 +462,29 @@ class InferenceServer:
             asyncio.run_coroutine_threadsafe(self._close(timeout, drain), serving.loop).result()
 
     # -- inside -------------------------------------------------------------
+
+    def _attach_weight_sync(self, weight_sync: WeightSyncScheme) -> None:
+        self._detach_weight_sync()  # of a server whose loop was closed under it
+        self._link = weight_sync.attach(self._weights)
+        self._link.greet()
+
+    def _detach_weight_sync(self) -> None:
+        link, self._link = self._link, None
+        if link is not None and self._weight_sync is not None:
+            self._weight_sync.detach(link)
+
+    def _count(self, name: str, number: int) -> None:
+        self._recorder.count(name, number)
+
+    def _on_published(self) -> None:
+        if len(self._replicas) > 1:
+            self._replicas.follow()
+        self._on_new_weights()
+
+    def _on_new_weights(self) -> None:
+        serving = self._serving
+        if serving is not None and self._holds_back and self.is_alive:
+            serving.weights_changed()
 
     def _not_on_loop(self, what: str, instead: str) -> None:
         try:

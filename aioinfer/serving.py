@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from typing import cast
 
 from aioinfer.batch import Batch, Outcome
-from aioinfer.batching import Batcher, Dispatch, Wait
+from aioinfer.batching import ANY_NUMBER, Batcher, Dispatch, Wait
 from aioinfer.clock import Clock, TimerHandle
 from aioinfer.collation import Columns
 from aioinfer.errors import (
@@ -25,6 +25,7 @@ from aioinfer.errors import (
     InvalidRequestError,
     ServerClosedError,
     ServerDiedError,
+    WeightSyncError,
 )
 from aioinfer.executor import Executor, Run
 from aioinfer.faults import copy_of
@@ -34,10 +35,12 @@ from aioinfer.signature import Signature
 from aioinfer.splitting import split
 from aioinfer.stats import BatchTimes, StatsRecorder
 from aioinfer.transports.base import InferenceTransport
+from aioinfer.weights.receiving import Freshness
 
 _log = logging.getLogger("aioinfer")
 
 _DONE = State.DONE
+_HOLD = Wait(None, ANY_NUMBER)
 
 
 class Serving:
@@ -52,6 +55,7 @@ class Serving:
         clock: the server's clock.
         admit: raises for a signature that the policy cannot serve.
         warm_up: is to be done before anything is accepted, once the executor runs.
+        freshness: how old the weights are, where they may be too old to serve.
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class Serving:
         clock: Clock,
         admit: Callable[[Signature], None],
         warm_up: Callable[[], Future[None]] | None = None,
+        freshness: Freshness | None = None,
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self._transports = transports
@@ -73,6 +78,7 @@ class Serving:
         self._warm_up = warm_up
         self._recorder = recorder
         self._clock = clock
+        self._freshness = freshness
         self._intake = Intake(
             self.loop,
             clock,
@@ -203,13 +209,34 @@ class Serving:
         while True:
             self._take_notices()
             self._take_requests()
-            action = self._batcher.next_action(self._clock())
+            held = self._freshness is not None and self._is_held(self._freshness)
+            action = _HOLD if held else self._batcher.next_action(self._clock())
             self._intake.made_room()
             if isinstance(action, Dispatch):
                 self._dispatch(action)
             elif self._intake.sleep_until(action.arrivals):
                 self._sleep(action)
                 return
+
+    def _is_held(self, freshness: Freshness) -> bool:
+        """Whether to serve nothing until there are newer weights; or refuse all that waits."""
+        fault = freshness.fault() if self._batcher.rows else None
+        if fault is None:
+            return False
+        if freshness.policy == "wait" and self._intake.closed is None:
+            return True
+        for request in list(self._batcher.waiting()):
+            if request.state is not _DONE:  # a part whose whole was refused is done
+                self._batcher.discard(request)
+                self._fail(request, WeightSyncError(fault))
+        return False
+
+    def weights_changed(self) -> None:
+        """There are new weights, and perhaps requests that wait for them. Any thread may call."""
+        try:
+            self.loop.call_soon_threadsafe(self._pump)
+        except RuntimeError:  # closed under a running server
+            self.abandon()
 
     def _take_finished(self) -> None:
         while self._freed:

@@ -129,6 +129,7 @@ class _Staged(NamedTuple):
     """Where its answers will be, in memory that is used again."""
     rows: int
     version: int
+    stale: bool | None
     began_at: float
     alive: Any
     """What the device still reads and writes."""
@@ -199,8 +200,9 @@ class StagedForward(ForwardPass):
         lane, rows = self._lane, batch.rows
         size = fitting_size(self._sizes, rows)
         began_at = self._clock()
-        slot = self._slots.current
+        slot = self._slots.take()
         mode = _AS_IS if signature.mode is None else sampling(slot.model, signature.mode)
+        version, stale = slot.version, self._is_stale()
         alive: list[Any] = []
         try:
             with torch.no_grad(), mode:
@@ -229,8 +231,10 @@ class StagedForward(ForwardPass):
             # Its memory must not be used again while the device may still read it.
             lane.block_on(lane.mark())
             raise
+        finally:
+            self._slots.give_back(slot)
         self._note_success(signature, size)
-        return _Staged(done, found, rows, slot.version, began_at, alive)
+        return _Staged(done, found, rows, version, stale, began_at, alive)
 
     def _fetch(self, column: torch.Tensor) -> torch.Tensor:
         target = self._replies.take(tuple(column.shape), column.dtype)
@@ -246,7 +250,9 @@ class StagedForward(ForwardPass):
             columns = staged.columns
             if self._brings_back:
                 columns = {key: column.clone() for key, column in columns.items()}
-            answers = self._staging.answers(columns, requests, staged.rows, staged.version)
+            answers = self._staging.answers(
+                columns, requests, staged.rows, staged.version, staged.stale
+            )
             if not isinstance(answers, Columns):
                 answers = list(zip(requests, answers, strict=True))
             self._set_answers(batch, answers)

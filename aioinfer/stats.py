@@ -63,6 +63,14 @@ class ServerStats(Mapping[str, Any]):
     """The version that serves now."""
     weight_updates: int
     """Updates of the policy."""
+    weights_skipped: int
+    """Versions that were never served, because newer ones came before them."""
+    weights_refused: int
+    """Weights that did not fit, or were not newer than those in service."""
+    policy_staleness: int
+    """Versions that the policy is behind the newest one that was announced."""
+    policy_age_s: float
+    """Seconds since the policy was updated, or since the server was made."""
     p50_queue_ms: float
     p95_queue_ms: float
     p99_queue_ms: float
@@ -130,6 +138,8 @@ class StatsRecorder:
         self.timed_out = 0
         self.failed = 0
         self.weight_updates = 0
+        self.weights_skipped = 0
+        self.weights_refused = 0
         self._refused = 0
         self._rows = 0
         self._sizes: Counter[int] = Counter()
@@ -151,13 +161,25 @@ class StatsRecorder:
             while self._in_window > WINDOW and len(self._window) > 1:
                 self._in_window -= len(self._window.popleft().submitted_at)
 
+    def count(self, name: str, number: int) -> None:
+        """Add to a counter; any thread may call this."""
+        with self._lock:
+            setattr(self, name, getattr(self, name) + number)
+
     def refuse(self) -> None:
         """Count a request that was not accepted; any thread may call this."""
         with self._lock:
             self._refused += 1
 
     def snapshot(
-        self, now: float, *, queue_depth: int, policy_version: int, reset: bool
+        self,
+        now: float,
+        *,
+        queue_depth: int,
+        policy_version: int,
+        policy_staleness: int = 0,
+        policy_age_s: float = 0.0,
+        reset: bool,
     ) -> ServerStats:
         """Return what was counted since the last reset, and maybe reset."""
         with self._lock:
@@ -172,6 +194,8 @@ class StatsRecorder:
             elapsed_s=now - since,
             queue_depth=queue_depth,
             policy_version=policy_version,
+            policy_staleness=policy_staleness,
+            policy_age_s=policy_age_s,
             batches=sum(totals.sizes.values()) - sum(zero.sizes.values()),
             batch_sizes=dict(sorted((totals.sizes - zero.sizes).items())),
             reasons=dict(totals.reasons - zero.reasons),
@@ -192,6 +216,8 @@ class StatsRecorder:
             refused=self._refused,
             failed=self.failed,
             weight_updates=self.weight_updates,
+            weights_skipped=self.weights_skipped,
+            weights_refused=self.weights_refused,
             sizes=self._sizes.copy(),
             reasons=self._reasons.copy(),
         )
@@ -205,6 +231,8 @@ class _Totals(NamedTuple):
     refused: int
     failed: int
     weight_updates: int
+    weights_skipped: int
+    weights_refused: int
     sizes: Counter[int]
     reasons: Counter[str]
 

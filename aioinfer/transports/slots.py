@@ -46,7 +46,7 @@ class Slots:
         new = None
         if not self._arenas or self._used + capacity > self._size:
             self._size = max(_FIRST_ARENA_NBYTES, 2 * self._size, 2 * capacity)
-            descriptor = _memory(self._size)
+            descriptor = memory(self._size)
             self._arenas.append(mmap.mmap(descriptor, self._size))
             self._used = 0
             new = self._size, descriptor
@@ -84,7 +84,7 @@ class Arenas:
             if arena in self._arenas or len(self._arenas) >= MAX_ARENAS or nbytes < 1:
                 raise WireError(f"arena {arena} of {nbytes} bytes; {len(self._arenas)} are known")
             # Memory that shrinks under a reader kills the reader.
-            if os.fstat(descriptor).st_size < nbytes or not _cannot_shrink(descriptor):
+            if os.fstat(descriptor).st_size < nbytes or not cannot_shrink(descriptor):
                 raise WireError(f"arena {arena} is smaller than {nbytes} bytes, or may become so")
             self._arenas[arena] = mmap.mmap(descriptor, nbytes)
         finally:
@@ -104,13 +104,15 @@ class Arenas:
 
 if hasattr(os, "memfd_create"):
 
-    def _memory(nbytes: int) -> int:
+    def memory(nbytes: int) -> int:
+        """A descriptor of memory without a name, which cannot shrink."""
         descriptor = os.memfd_create("aioinfer", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(descriptor, nbytes)
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
         return descriptor
 
-    def _cannot_shrink(descriptor: int) -> bool:
+    def cannot_shrink(descriptor: int) -> bool:
+        """Whether it is of such memory."""
         try:
             return bool(fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK)
         except OSError:  # a file of another kind
@@ -118,10 +120,12 @@ if hasattr(os, "memfd_create"):
 
 else:
 
-    def _memory(nbytes: int) -> int:
+    def memory(nbytes: int) -> int:
+        """A descriptor of memory without a name."""
         with tempfile.TemporaryFile() as file:
             file.truncate(nbytes)
             return os.dup(file.fileno())
 
-    def _cannot_shrink(descriptor: int) -> bool:
+    def cannot_shrink(descriptor: int) -> bool:
+        """Whether it is of memory that can be used safely, as far as can be known."""
         return True  # these systems have no seals

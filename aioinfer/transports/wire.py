@@ -37,6 +37,7 @@ from aioinfer.errors import (
     QueueFullError,
     ServerClosedError,
     ServerDiedError,
+    WeightSyncError,
 )
 from aioinfer.request import GivenUp
 
@@ -509,7 +510,7 @@ _REBUILT: dict[str, type[Exception]] = {
     found.__name__: found
     for found in (
         *(InferenceError, InvalidRequestError, ModelError),
-        *(QueueFullError, ServerClosedError, ServerDiedError),
+        *(QueueFullError, ServerClosedError, ServerDiedError, WeightSyncError),
         *(TimeoutError, ValueError, TypeError, RuntimeError),
     )
 }
