@@ -17,7 +17,7 @@ DEV := $(VENV)/.aioinfer-dev
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench docs clean
+.PHONY: help demo test lint bench gpu docs clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -41,6 +41,10 @@ bench: $(DEV) ## run the benchmarks one after the other; options in ARGS
 	@set -e; for script in $(BENCHMARKS); do \
 		echo "== $$script"; $(BIN)/python "$$script" $(ARGS); \
 	done
+
+gpu: $(DEV) ## run the tests that need a GPU, then the benchmark of it; options in ARGS
+	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS) tests
+	$(BIN)/python tests/benchmarks/accelerator.py $(ARGS)
 
 # -E reads every page again: a warning of an unchanged page must fail the second build too.
 docs: $(DEV) ## build the site into docs/_build/html, warnings are errors

@@ -47,13 +47,41 @@ def sizes(name: str, value: Any, largest: int) -> tuple[int, ...]:
 
 
 def device(name: str, value: Any) -> torch.device | None:
-    """A torch device, or ``None``."""
+    """A torch device that there is, or ``None``."""
     if value is None:
         return None
     try:
-        return torch.device(value)
+        found = torch.device(value)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"{name} must be a torch device or None, got {value!r}") from error
+    count = _count_of(found.type)
+    if (found.index or 0) >= count:
+        raise ValueError(
+            f"{name} must be a device of this machine, got {value!r}; it has "
+            f"{count or 'no'} {found.type} device{'s' * (count != 1)}"
+        )
+    return found
+
+
+def _count_of(kind: str) -> int:
+    """How many devices of a kind there are, as far as torch can say."""
+    if kind in ("cpu", "meta"):
+        return 1
+    try:
+        backend = torch.get_device_module(kind)
+        return int(backend.device_count()) if backend.is_available() else 0
+    except (RuntimeError, AttributeError):  # a kind that is not built in
+        return 0
+
+
+def devices(name: str, value: Any) -> list[torch.device]:
+    """Torch devices, at least one."""
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise TypeError(f"{name} must be a sequence of torch devices or None, got {value!r}")
+    found = [device(name, one) for one in value]
+    if not found or None in found:
+        raise ValueError(f"{name} must hold at least one device, and no None, got {value!r}")
+    return [one for one in found if one is not None]
 
 
 def key(name: str, value: Any) -> Any:

@@ -7,13 +7,14 @@ from typing import Any
 
 from aioinfer.batching import Reason
 from aioinfer.collation import Columns
+from aioinfer.errors import ServerDiedError
 from aioinfer.request import Request
 
 Outcome = tuple[Request, Any]
 """A request and its result or, if it is one, its exception."""
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(slots=True, eq=False)
 class Batch:
     """What the server sends to the executor, and what it gets back."""
 
@@ -25,9 +26,17 @@ class Batch:
     """The answers, where they are plain; outcomes are then made of them on demand."""
     failed: bool = False
     """Whether any outcome is an exception."""
+    fatal: ServerDiedError | None = None
+    """Why nothing can be run after this batch, if so."""
     forward_s: float = 0.0
     """Seconds in the policy."""
     answered_at: float = 0.0
+    began_at: float | None = None
+    """Since when it had its device for itself, where another batch was before it."""
+    early: bool = False
+    """Whether its executor took another batch before this one was finished."""
+    replica: int = 0
+    """Which of several replicas computes it."""
     _outcomes: list[Outcome] | None = dataclasses.field(default=None, repr=False)
 
     @property

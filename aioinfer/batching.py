@@ -6,7 +6,7 @@ thread at a time may use a batcher.
 
 The rules, in the order in which they decide:
 
-1.  *Late binding.* While the executor is busy nothing is decided. What a batch holds is
+1.  *Late binding.* While no executor is free nothing is decided. What a batch holds is
     chosen at the moment it leaves, so whatever arrives during a forward joins the next one.
 2.  A full batch waiting leaves at once; so does what there is once the queue is full (rule
     9), for more cannot join it.
@@ -33,6 +33,12 @@ The rules, in the order in which they decide:
     request fits. A request larger than the whole queue fits an empty one.
 10. With ``batch_sizes``, a forward has one of these sizes: the next larger one, padded, or the
     next smaller one, leaving the rest for the next batch, whichever costs less per real row.
+11. With several executors, what waits leaves by the same rules for the next free one: that
+    another is free is no reason to leave earlier, and thinner. If everybody is waiting already
+    (rule 3) and several are free, the batch is divided among them where that makes the forward
+    shorter by a quarter or more.
+12. An executor that stages one batch while it computes another is free once it can stage; see
+    :meth:`Batcher.executor_free`.
 
 The form of this file, rules as prose and code as their plain form, is that of h11's state
 machine; deciding only when the executor is free is Clipper's and Triton's lesson learnt.
@@ -120,6 +126,7 @@ class Batcher:
             of the requests at hand.
         independent: whether clients can think while a forward runs, because they do not share
             the interpreter with it.
+        executors: how many batches can run at a time, at least 1.
     """
 
     def __init__(
@@ -132,6 +139,7 @@ class Batcher:
         batch_sizes: Sequence[int] | None = None,
         far_sighted: bool = True,
         independent: bool = True,
+        executors: int = 1,
     ) -> None:
         self.max_batch_size = max_batch_size
         self.min_batch_size = min_batch_size
@@ -139,17 +147,25 @@ class Batcher:
         self.max_queue_size = max_queue_size
         self.rows = 0
         """Rows waiting."""
-        self.busy = False
-        """Whether the executor runs a batch."""
         self.crowded = False
         """Whether requests wait outside because the queue is full."""
         self._sizes = batch_sizes
         self._queues: dict[Hashable, Queue] = {}
         self._closing = False
-        self._patience = Patience(far_sighted=far_sighted, independent=independent)
+        self._patience = Patience(
+            far_sighted=far_sighted,
+            independent=independent,
+            one_size=batch_sizes is not None and len(batch_sizes) == 1,
+        )
+        self._free = executors
+        self._running: list[_Forward] = []
         self._kind: Hashable = None
-        self._size = 0
         self._ended_at = -math.inf
+
+    @property
+    def busy(self) -> bool:
+        """Whether no executor is free."""
+        return not self._free
 
     # -- what happened ------------------------------------------------------
 
@@ -177,7 +193,7 @@ class Batcher:
             source.expected -= 1
             cohort.left -= 1
             if not (cohort.left % cohort.stride and self.rows):
-                idle = not self.rows and not self.busy
+                idle = not self.rows and not self._running
                 self._patience.returned(cohort, request.submitted_at, idle=idle)
         request.state = _QUEUED
         self.rows += request.rows
@@ -200,11 +216,33 @@ class Batcher:
             del self._queues[request.signature]
         return True
 
-    def forward_ended(self, requests: Sequence[Request], now: float) -> None:
-        """The executor is free again; these, unless discarded meanwhile, were answered."""
-        self.busy = False
+    def executor_free(self, requests: Sequence[Request], now: float) -> None:
+        """The executor that runs these, those of one dispatch, can take a batch already."""
+        for forward in self._running:
+            if forward.requests is requests and forward.holds:
+                forward.holds = False
+                self._release(now)
+
+    def forward_ended(
+        self, requests: Sequence[Request], now: float, began_at: float | None = None
+    ) -> None:
+        """A forward is over, and its executor free.
+
+        Args:
+            requests: those of the dispatch; unless discarded meanwhile, they were answered.
+            now: when.
+            began_at: since when it had its executor for itself; ``None`` for its dispatch.
+        """
+        running = self._running
+        forward = running[0]
+        if forward.requests is not requests:
+            forward = next(forward for forward in running if forward.requests is requests)
+        running.remove(forward)
+        if forward.holds:
+            self._release(now)
         self._ended_at = now
-        cohort = self._patience.ended(self._kind, self._size, len(requests), now)
+        seconds = now - (forward.started_at if began_at is None else began_at)
+        cohort = self._patience.ended(forward.kind, forward.size, len(requests), seconds, now)
         for request in requests:
             if request.state is _DONE:
                 continue
@@ -233,8 +271,8 @@ class Batcher:
         return itertools.chain.from_iterable(self._queues.values())
 
     def next_action(self, now: float) -> Dispatch | Wait:
-        """Decide what to do at ``now``; a :class:`Dispatch` makes the executor busy."""
-        if self.busy:
+        """Decide what to do at ``now``; a :class:`Dispatch` makes an executor busy."""
+        if not self._free:
             return Wait(None, ANY_NUMBER)
         if not self.rows:
             return self._idle(now)
@@ -261,6 +299,11 @@ class Batcher:
         return self._dispatch(chosen, chosen_kind, reason, now)
 
     # -- inside -------------------------------------------------------------
+
+    def _release(self, now: float) -> None:
+        if not self._free:
+            self._patience.freed(now)
+        self._free += 1
 
     def _verdict(self, kind: Hashable, queue: Queue, now: float) -> Reason | Wait:
         rows = queue.rows
@@ -315,7 +358,7 @@ class Batcher:
         if limit > self.max_batch_size:
             limit = self.max_batch_size
         if reason is Reason.ALL_CLIENTS_IN:
-            groups = self._patience.groups(kind, limit)
+            groups = self._patience.groups(kind, limit, self._free)
             limit = -(-limit // groups)
         if self._sizes is not None:
             limit = self._fitting(self._sizes, kind, limit, now)
@@ -328,10 +371,11 @@ class Batcher:
             del self._queues[kind]
         size = fitting_size(self._sizes, rows) if self._sizes and rows else rows
         if requests:
-            self.busy = True
             self._kind = kind
-            self._size = size
-            self._patience.started(now)
+            self._running.append(_Forward(requests, kind, size, now))
+            self._free -= 1
+            if not self._free:
+                self._patience.saturated(now)
         return Dispatch(requests, rows, size, reason, expired)
 
     def _fitting(self, sizes: Sequence[int], kind: Hashable, rows: int, now: float) -> int:
@@ -343,6 +387,22 @@ class Batcher:
         cost_up = self._patience.cost(kind, up, now)
         cost_down = self._patience.cost(kind, down, now)
         return down if cost_down / down < cost_up / rows else rows
+
+
+class _Forward:
+    """A batch that was dispatched and has not ended."""
+
+    __slots__ = ("holds", "kind", "requests", "size", "started_at")
+
+    def __init__(
+        self, requests: Sequence[Request], kind: Hashable, size: int, started_at: float
+    ) -> None:
+        self.requests = requests
+        self.kind = kind
+        self.size = size
+        self.started_at = started_at
+        self.holds = True
+        """Whether its executor can take no other."""
 
 
 def fitting_size(sizes: Sequence[int] | None, rows: int) -> int:

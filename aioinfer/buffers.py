@@ -11,6 +11,7 @@ gone, so are they all.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,15 +19,14 @@ import torch
 
 MIN_NBYTES = 1 << 17
 """Batches smaller than this are better left to the allocator, which keeps such blocks."""
-_PER_SIZE = 2
 
 
 class _Buffer:
     __slots__ = ("memory", "user")
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, memory: torch.Tensor) -> None:
         # By way of torch, whose memory is aligned as its kernels like it best.
-        self.memory: np.ndarray[Any, Any] = torch.empty(nbytes, dtype=torch.uint8).numpy()
+        self.memory: np.ndarray[Any, Any] = memory.numpy()
         self.user: weakref.ref[np.ndarray[Any, Any]] | None = None
 
     def take(self, nbytes: int) -> torch.Tensor:
@@ -39,14 +39,28 @@ class _Buffer:
         return self.user is None or self.user() is None
 
 
+def _ordinary(nbytes: int) -> torch.Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8)
+
+
 class Buffers:
     """Gives out memory, and takes it back by itself. For one thread.
 
     Sizes are rounded up to powers of two, with two buffers of each, so it holds at most eight
     times the largest batch.
+
+    Args:
+        allocate: makes memory of so many bytes; ``None`` for ordinary memory, where small tensors
+            are left to the allocator.
+        per_size: how many buffers of each size.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, allocate: Callable[[int], torch.Tensor] | None = None, per_size: int = 2
+    ) -> None:
+        self._allocate = allocate or _ordinary
+        self._least_nbytes = MIN_NBYTES if allocate is None else 0
+        self._per_size = per_size
         self._buffers: dict[int, list[_Buffer]] = {}
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:
@@ -54,16 +68,16 @@ class Buffers:
         nbytes = dtype.itemsize
         for size in shape:
             nbytes *= size
-        if nbytes < MIN_NBYTES:
+        if nbytes < self._least_nbytes:
             return None
-        capacity = 1 << (nbytes - 1).bit_length()
+        capacity = 1 << max(nbytes - 1, 0).bit_length()
         buffers = self._buffers.setdefault(capacity, [])
         for buffer in buffers:
             if buffer.is_free:
                 break
         else:
-            if len(buffers) >= _PER_SIZE:  # the policy keeps its batches
+            if len(buffers) >= self._per_size:  # the policy keeps its batches
                 return None
-            buffer = _Buffer(capacity)
+            buffer = _Buffer(self._allocate(capacity))
             buffers.append(buffer)
         return buffer.take(nbytes).view(dtype).view(shape)

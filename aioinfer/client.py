@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import weakref
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from tensordict import TensorDictBase
@@ -19,6 +20,7 @@ import aioinfer.arguments as arguments
 from aioinfer.errors import ServerClosedError
 from aioinfer.request import GivenUp, Request, Source
 from aioinfer.signature import describe
+from aioinfer.streams import Stream
 
 if TYPE_CHECKING:
     from aioinfer.transports.base import InferenceTransport
@@ -34,13 +36,30 @@ class _Client:
         self._send = transport.send
         self._exchange = transport.exchange
         self._source = Source(competes=self._competes and transport.in_process)
+        self._stream: Stream | None = None
         transport.join(self._source)
         # The batcher waits for clients that may still ask; one that is gone will not.
         self._finalizer = weakref.finalize(self, _leave, transport, self._source)
         self._finalizer.atexit = False
 
     def __reduce__(self) -> Any:
-        return type(self), (self._transport,)
+        return _again, (type(self), self._transport, self._stream)
+
+    def set_seed(self, seed: int | Sequence[int] | None) -> None:
+        """Make what the policy samples for this client reproducible.
+
+        From now on the random numbers of its k-th request, row by row, depend on ``seed`` and k
+        alone, and not on what else is in the batch (see :doc:`/reproducibility`). Give every
+        client a seed of its own, and let one actor at a time use it.
+
+        Args:
+            seed: an int, or several, such as ``(run, actor)``; ``None`` draws from torch's own
+                generators again.
+
+        Raises:
+            TypeError: ``seed`` is something else.
+        """
+        self._stream = None if seed is None else Stream(seed)
 
     def close(self) -> None:
         """Say that this client will not ask again, so that no batch waits for it.
@@ -58,6 +77,8 @@ class _Client:
         handle: Any,
     ) -> Request:
         mode = None if interaction_type is None else arguments.mode(interaction_type)
+        if self._stream is not None:
+            td = self._stream.attach(td)
         data, rows, batched, signature = describe(td, mode)
         if timeout is not None:
             timeout = arguments.duration("timeout", timeout)
@@ -272,6 +293,12 @@ class SyncInferenceClient(_Client):
             return self._transport.call_at(request.deadline, expire)
         except ServerClosedError:  # closing; the request is answered before it ends
             return None
+
+
+def _again(kind: type[_Client], transport: InferenceTransport, stream: Stream | None) -> _Client:
+    client = kind(transport)
+    client._stream = stream
+    return client
 
 
 def _leave(transport: InferenceTransport, source: Source) -> None:

@@ -102,6 +102,7 @@ class Collator:
         out_keys: what a result holds; ``None`` means all that the policy returned.
         version_key: under which the policy version is added, ``None`` for not at all.
         return_inputs: whether a result holds the request's own entries too.
+        buffers: memory for batches; ``None`` for ordinary memory.
     """
 
     def __init__(
@@ -113,6 +114,7 @@ class Collator:
         out_keys: Sequence[Any] | None,
         version_key: Any,
         return_inputs: bool,
+        buffers: Buffers | None = None,
     ) -> None:
         self._collate_fn = collate_fn
         self._device = device
@@ -121,7 +123,7 @@ class Collator:
         self._plain_out_keys = all(isinstance(key, str) for key in self._out_keys or ())
         self._version_key = version_key
         self._return_inputs = return_inputs
-        self._buffers = Buffers()
+        self._buffers = Buffers() if buffers is None else buffers
 
     # -- requests to a batch ------------------------------------------------
 
@@ -136,7 +138,7 @@ class Collator:
         signature: Signature = requests[0].signature  # type: ignore[assignment]
         if signature.plain and self._collate_fn is None:
             batch: TensorDictBase = new_tensordict(
-                self._concatenate(requests, signature, rows, size), torch.Size([size])
+                self.gather(requests, rows, size), torch.Size([size])
             )
         else:
             singles = [row for request in requests for row in _rows_of(request)]
@@ -148,9 +150,9 @@ class Collator:
                 _check_rows(batch, size, "collate_fn")
         return batch if self._device is None else batch.to(self._device)
 
-    def _concatenate(
-        self, requests: Sequence[Request], signature: Signature, rows: int, size: int
-    ) -> dict[str, torch.Tensor]:
+    def gather(self, requests: Sequence[Request], rows: int, size: int) -> dict[str, torch.Tensor]:
+        """The leaves of :meth:`collate` for plain requests, where the requests are."""
+        signature: Signature = requests[0].signature  # type: ignore[assignment]
         padding = size - rows
         bare = not any([request.batched for request in requests])
         encoding = requests[0].encoding
@@ -202,24 +204,45 @@ class Collator:
         Raises:
             ModelError: the answer is not a TensorDict of ``size`` rows with all out_keys.
         """
-        _check_rows(answer, size, "the policy")
-        columns = self._columns(answer)
-        if columns is None:
-            results = self._split_any(answer, requests, version, stale)
-        else:
+        columns = self.columns(answer, size)
+        if columns is not None:
             if size > rows:
                 columns = {key: column[:rows] for key, column in columns.items()}
-            if self._version_key is not None:
-                columns[self._version_key] = torch.full((rows,), version)
-            if stale is not None:
-                columns[STALE_KEY] = torch.full((rows,), stale)
-            answers = Columns.of(columns, requests, rows)
-            if not self._return_inputs:
-                return answers
-            results = answers.results()
+            return self.answers(columns, requests, rows, version, stale)
+        results = self._split_any(answer, requests, version, stale)
         if self._return_inputs:
             results = [_with_inputs(r, result) for r, result in zip(requests, results, strict=True)]
         return results
+
+    def columns(self, answer: Any, size: int) -> dict[str, torch.Tensor] | None:
+        """The answer as one tensor of ``size`` rows per name; ``None`` where it is not that simple.
+
+        The tensors are where ``output_device`` says, and nobody else's.
+
+        Raises:
+            ModelError: as :meth:`split`.
+        """
+        _check_rows(answer, size, "the policy")
+        return self._columns(answer)
+
+    def answers(
+        self,
+        columns: dict[str, torch.Tensor],
+        requests: Sequence[Request],
+        rows: int,
+        version: int,
+        stale: bool | None = None,
+    ) -> Columns | list[TensorDictBase]:
+        """Of columns without padding what :meth:`split` returns."""
+        if self._version_key is not None:
+            columns[self._version_key] = torch.full((rows,), version)
+        if stale is not None:
+            columns[STALE_KEY] = torch.full((rows,), stale)
+        answers = Columns.of(columns, requests, rows)
+        if not self._return_inputs:
+            return answers
+        results = answers.results()
+        return [_with_inputs(r, result) for r, result in zip(requests, results, strict=True)]
 
     def _columns(self, answer: TensorDictBase) -> dict[str, torch.Tensor] | None:
         """The leaves of the answer by name, if they are all plain tensors of one level."""

@@ -20,10 +20,11 @@ class ForwardCost:
     expected and taken more readily downwards than upwards, at first without reserve: forwards
     that compile, allocate and warm up are forgotten at the next one. A line is fitted through
     the smoothed points. While only one size has been seen, half of its cost is taken to be
-    fixed.
+    fixed; all of it, where forwards have one size only.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, one_size: bool = False) -> None:
+        self._one_size = one_size
         self.fixed = 0.0
         self.per_row = 0.0
         self.learnt = 0
@@ -60,7 +61,7 @@ class ForwardCost:
         seconds = sum([p.weight * p.seconds for p in points]) / weight
         spread = sum([p.weight * (p.rows - rows) ** 2 for p in points]) / weight
         slope = sum([p.weight * (p.rows - rows) * (p.seconds - seconds) for p in points]) / weight
-        guess = seconds / (2 * rows) if rows > 1 else 0.0
+        guess = seconds / (2 * rows) if rows > 1 and not self._one_size else 0.0
         doubt = _DOUBT * rows * rows
         slope = (slope + doubt * guess) / (spread + doubt)
         self.per_row = min(max(slope, 0.0), seconds / rows)  # neither part can be negative

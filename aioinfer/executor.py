@@ -14,16 +14,22 @@ import torch
 
 from aioinfer.batch import Batch
 
+Run = Callable[[Batch], Callable[[], None] | None]
+Report = Callable[[Batch], None]
+
 
 class Executor(Protocol):
     """Runs batches one after the other, away from the server's loop."""
 
-    def start(self, run: Callable[[Batch], None], finished: Callable[[Batch], None]) -> None:
+    def start(self, run: Run, finished: Report, free: Report | None = None) -> None:
         """Get ready.
 
         Args:
-            run: runs one batch, that is sets its outcomes and times; never raises.
+            run: runs one batch, that is sets its outcomes and times; never raises. Where it
+                returns something, it has only started the batch: calling that does the rest.
             finished: to be called, on any thread, for each batch that was run.
+            free: to be called, on any thread, where another batch can be taken before this one
+                is finished.
         """
 
     def submit(self, batch: Batch) -> None:
@@ -40,16 +46,23 @@ class Executor(Protocol):
 
 
 class ThreadExecutor:
-    """The executor of production: one thread."""
+    """The executor of production: one thread, and one that waits for a device, if there is one.
 
-    def __init__(self) -> None:
+    Args:
+        enter: called on the thread when it begins.
+        in_flight: how many batches may have been started and not be finished.
+    """
+
+    def __init__(self, enter: Callable[[], None] | None = None, in_flight: int = 1) -> None:
+        self._enter = enter
+        self._in_flight = in_flight
         self._thread: threading.Thread | None = None
         self._stopping = False
         self._lock = threading.Lock()  # between a call, a start and a stop
         self._jobs: queue.SimpleQueue[Batch | _Call | None] = queue.SimpleQueue()
         self._stopped: Future[None] = Future()
 
-    def start(self, run: Callable[[Batch], None], finished: Callable[[Batch], None]) -> None:
+    def start(self, run: Run, finished: Report, free: Report | None = None) -> None:
         with self._lock:
             self._stopping = False
             self._jobs = queue.SimpleQueue()
@@ -60,7 +73,15 @@ class ThreadExecutor:
             predecessor = self._thread
             self._thread = threading.Thread(
                 target=_work,
-                args=(self._jobs, run, finished, predecessor, self._stopped),
+                args=(
+                    self._jobs,
+                    run,
+                    finished,
+                    Flights(finished, free, self._in_flight),
+                    self._enter,
+                    predecessor,
+                    self._stopped,
+                ),
                 name="aioinfer-executor",
                 daemon=True,
             )
@@ -101,8 +122,10 @@ class ThreadExecutor:
 
 def _work(
     jobs: queue.SimpleQueue[Batch | _Call | None],
-    run: Callable[[Batch], None],
-    finished: Callable[[Batch], None],
+    run: Run,
+    finished: Report,
+    flights: Flights,
+    enter: Callable[[], None] | None,
     predecessor: threading.Thread | None,
     stopped: Future[None],
 ) -> None:
@@ -111,14 +134,84 @@ def _work(
     # OpenMP keeps the number of threads per calling thread: without this, a thread that
     # is not the main one runs its kernels on all cores, whatever the user has set.
     torch.set_num_threads(torch.get_num_threads())
+    if enter is not None:
+        enter()
     while (job := jobs.get()) is not None:
         if isinstance(job, _Call):
+            flights.land()
             job.run()
         else:
-            run(job)
-            finished(job)
+            rest = run(job)
+            if rest is None:
+                finished(job)
+            else:
+                flights.add(job, rest)
+                del rest
         del job  # or the last batch would stay alive until the next one
+    flights.end()
     stopped.set_result(None)
+
+
+class Flights:
+    """Batches that were started on a device, and the thread that waits for them, in order.
+
+    Args:
+        finished: told of each batch that is over.
+        free: told, before that, of a batch beside which another one may be started.
+        most: how many there may be.
+    """
+
+    def __init__(self, finished: Report, free: Report | None, most: int) -> None:
+        self._finished = finished
+        self._free = free
+        self._most = most
+        self._changed = threading.Condition()
+        self._count = 0
+        self._held: Batch | None = None  # the latest, while there may be no other beside it
+        self._jobs: queue.SimpleQueue[tuple[Batch, Callable[[], None]] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def add(self, batch: Batch, rest: Callable[[], None]) -> None:
+        """A batch was started; ``rest`` waits for it and never raises."""
+        if self._thread is None:
+            self._thread = threading.Thread(
+                target=self._work, name="aioinfer-completions", daemon=True
+            )
+            _threads.add(self._thread)
+            self._thread.start()
+        with self._changed:
+            self._count += 1
+            crowded = self._count >= self._most
+            if crowded:
+                self._held = batch
+        if not crowded and self._free is not None:
+            self._free(batch)  # before it can be finished
+        self._jobs.put((batch, rest))
+
+    def land(self) -> None:
+        """Wait until there are none."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._count)
+
+    def end(self) -> None:
+        """Wait until there are none and there will be none."""
+        if self._thread is not None:
+            self._jobs.put(None)
+            self._thread.join()
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            batch, rest = job
+            rest()
+            with self._changed:
+                held, self._held = self._held, None
+            if held is not None and held is not batch and self._free is not None:
+                self._free(held)
+            self._finished(batch)
+            with self._changed:
+                self._count -= 1
+                self._changed.notify_all()
+            del job, batch, rest, held
 
 
 # The interpreter kills daemon threads where they are, and one that is inside of torch, or on

@@ -19,7 +19,7 @@ import torch
 
 from aioinfer.batch import Batch
 from aioinfer.clock import MonotonicClock
-from aioinfer.executor import ThreadExecutor
+from aioinfer.executor import Report, Run, ThreadExecutor
 
 _clock = MonotonicClock()
 
@@ -39,11 +39,13 @@ class NearExecutor(ThreadExecutor):
         self._near: threading.Thread | None = None
         self._cost_s = math.inf
 
-    def start(self, run: Callable[[Batch], None], finished: Callable[[Batch], None]) -> None:
+    def start(self, run: Run, finished: Report, free: Report | None = None) -> None:
         def run_in_turn(batch: Batch) -> None:
             with self._turn:
                 started = _clock()
-                run(batch)
+                rest = run(batch)
+                if rest is not None:
+                    rest()
                 self._learn(_clock() - started)
 
         torch.set_num_threads(

@@ -58,6 +58,7 @@ _MOST = 0.7  # share of those expected that makes waiting a matter of the far vi
 _BUSY = 0.8  # utilisation from which the far view counts
 _SATURATED = 0.97  # utilisation from which dividing cannot help: there is no idle time to fill
 _IDLE = 0.8  # idle time per forward that merging may cost for ever, as a share of ``a``
+_SHORTER = 0.75  # what dividing among free executors must make of a forward
 _GROUPS = (2, 3, 4, 5, 6, 8, 12, 16)
 _QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.97)
 
@@ -70,17 +71,22 @@ class Patience:
         independent: whether callers think while a forward runs. Those of the server's own
             interpreter do so only as far as the two leave each other room, so they are never
             divided into groups.
+        one_size: whether all forwards are padded to the same size, and so cost the same.
     """
 
-    def __init__(self, *, far_sighted: bool, independent: bool = True) -> None:
+    def __init__(
+        self, *, far_sighted: bool, independent: bool = True, one_size: bool = False
+    ) -> None:
         self.think = ThinkTimes()
         self._far_sighted = far_sighted
         self._independent = independent
+        self._one_size = one_size
         self._costs: dict[Hashable, ForwardCost] = {}
         self._cohorts: deque[Cohort] = deque(maxlen=_COHORTS)
         self._newcomers: Cohort | None = None
         self._utilisation = 0.0
-        self._started_at = -math.inf
+        self._saturated_at = -math.inf
+        self._freed_at = -math.inf
         self._ended_at = -math.inf
         self._ignore_before = -math.inf
         self._pauses = 0
@@ -124,22 +130,37 @@ class Patience:
         quiet = now - self._ended_at
         return self.think.known and self._pauses < 3 and quiet > 4 * self.think.longest
 
-    def started(self, now: float) -> None:
-        """A forward starts."""
-        if now > self._started_at > -math.inf:
-            busy = (self._ended_at - self._started_at) / (now - self._started_at)
+    def saturated(self, now: float) -> None:
+        """The last free executor has got a batch."""
+        if now > self._saturated_at > -math.inf:
+            busy = (self._freed_at - self._saturated_at) / (now - self._saturated_at)
             self._utilisation += (min(busy, 1.0) - self._utilisation) / 10
-        self._started_at = now
+        self._saturated_at = now
 
-    def ended(self, kind: Hashable, size: int, callers: int, now: float) -> Cohort:
-        """A forward of ``size`` rows for ``callers`` ended; return the cohort to put them in."""
+    def freed(self, now: float) -> None:
+        """An executor is free, the first after all were busy."""
+        self._freed_at = now
+
+    def ended(self, kind: Hashable, size: int, callers: int, seconds: float, now: float) -> Cohort:
+        """A forward ended.
+
+        Args:
+            kind: the signature of its requests.
+            size: its rows, the padded ones included.
+            callers: how many requests it answers.
+            seconds: what it took.
+            now: the time.
+
+        Returns:
+            The cohort to put the callers in.
+        """
         self._ended_at = now
         cost = self._costs.get(kind)
         if cost is None:
             if len(self._costs) >= 256:  # shapes that keep changing must not fill memory
                 self._costs.clear()
-            cost = self._costs[kind] = ForwardCost()
-        cost.learn(size, now - self._started_at)
+            cost = self._costs[kind] = ForwardCost(one_size=self._one_size)
+        cost.learn(size, seconds)
         cohort = Cohort(kind, now, 1 if callers <= 16 else 4)
         self._cohorts.append(cohort)
         return cohort
@@ -271,10 +292,25 @@ class Patience:
                 best, until, arrivals = saved, now + wait, coming
         return (until, max(1, math.ceil(arrivals - 1e-6))) if best > 0.0 else None
 
-    def groups(self, kind: Hashable, rows: int) -> int:
-        """Into how many batches to divide ``rows`` rows that are all there is; at least 1."""
+    def groups(self, kind: Hashable, rows: int, free: int = 1) -> int:
+        """Into how many batches to divide ``rows`` rows that are all there is; at least 1.
+
+        Args:
+            kind: their signature.
+            rows: how many.
+            free: how many executors are free.
+        """
         cost = self._costs.get(kind)
-        if cost is None or rows < 2 or not self.think.known:
+        if cost is None or rows < 2:
+            return 1
+        if free > 1:
+            best, shortest = 1, cost.of(rows)
+            for groups in range(2, min(free, rows) + 1):
+                forward = cost.fixed + cost.per_row * rows / groups
+                if forward < _SHORTER * shortest:
+                    best, shortest = groups, forward
+            return best
+        if not self.think.known:
             return 1
         if not (self._far_sighted and self._independent) or self._utilisation > _SATURATED:
             return 1

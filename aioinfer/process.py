@@ -12,6 +12,7 @@ import pickle
 import signal
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing import connection
 from multiprocessing.connection import Connection
@@ -80,7 +81,9 @@ class ProcessInferenceServer:
         if transport is not None and not isinstance(transport, MPTransport):
             raise TypeError(f"transport must be an MPTransport or None, got {transport!r}")
         known = {name: value for name, value in options.items() if name != "weight_sync"}
-        InferenceServer(_nothing, **known)  # refuses a wrong option here and now
+        with warnings.catch_warnings():  # the child will give them, if they hold there
+            warnings.simplefilter("ignore")
+            InferenceServer(torch.nn.Identity(), **known)  # refuses a wrong option here and now
         weight_sync = options.get("weight_sync")
         if weight_sync is not None and WeightSyncScheme.of(weight_sync).in_process:
             raise TypeError(
@@ -337,10 +340,6 @@ class ProcessInferenceServer:
             await self.aclose()
 
 
-def _nothing(td: Any) -> Any:
-    return td
-
-
 def _end_of(code: int | None) -> str:
     if code is None:
         return "does not answer"
@@ -398,6 +397,8 @@ def _serve(
 
 def _executor(options: dict[str, Any]) -> NearExecutor | None:
     """Nobody else needs this process's loop; but a device has one thread that uses it."""
+    if options.get("devices") is not None:
+        return None
     device = options.get("device")
     return NearExecutor() if device is None or torch.device(device).type == "cpu" else None
 

@@ -8,6 +8,7 @@ a request is therefore set on the modules of the served policy, for the time of 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,10 +23,23 @@ def sampling_modules(model: Any) -> list[ProbabilisticTensorDictModule]:
     return [m for m in model.modules() if isinstance(m, ProbabilisticTensorDictModule)]
 
 
+class _Forward(threading.local):
+    mode: InteractionType | None = None
+
+
+_forward = _Forward()
+
+
+def active_mode() -> InteractionType | None:
+    """Return the mode of the :func:`sampling` block that this thread is in, if it is in one."""
+    return _forward.mode
+
+
 @contextlib.contextmanager
 def sampling(model: Any, mode: InteractionType) -> Iterator[None]:
     """Let ``model`` sample in ``mode``, whatever the mode of the process is."""
     modules = sampling_modules(model)
+    _forward.mode = mode
     before = [module.default_interaction_type for module in modules]
     for module in modules:
         # The default counts where the process has no mode. Where it has one, the module
@@ -35,6 +49,7 @@ def sampling(model: Any, mode: InteractionType) -> Iterator[None]:
     try:
         yield
     finally:
+        _forward.mode = None
         for module, default in zip(modules, before, strict=True):
             module.default_interaction_type = default
             del module._dist_sample

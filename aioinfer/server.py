@@ -5,23 +5,24 @@ from __future__ import annotations
 import asyncio
 import atexit
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
 import anyio.to_thread
 import torch
+from tensordict import TensorDictBase
 
 import aioinfer.arguments as arguments
+from aioinfer.assembly import assemble, example_request, forward_sizes
 from aioinfer.batching import DEFAULT_STATIC_TIMEOUT_S, DEFAULT_TIMEOUT_S, Batcher
 from aioinfer.blocking import BackgroundLoop
 from aioinfer.client import InferenceClient, SyncInferenceClient
 from aioinfer.clock import Clock, MonotonicClock
-from aioinfer.collation import CollateFn, Collator
+from aioinfer.collation import CollateFn
 from aioinfer.errors import InvalidRequestError
-from aioinfer.executor import Executor, ThreadExecutor
-from aioinfer.forward import ForwardPass
+from aioinfer.executor import Executor
 from aioinfer.sampling import sampling_modules
 from aioinfer.serving import Serving
 from aioinfer.signature import Signature
@@ -29,7 +30,7 @@ from aioinfer.stats import ServerStats, StatsRecorder
 from aioinfer.transports.base import InferenceTransport
 from aioinfer.weights.base import Link, WeightSyncScheme
 from aioinfer.weights.receiving import Freshness, ServedWeights, StalenessPolicy
-from aioinfer.weights.slots import Policy, Slots
+from aioinfer.weights.slots import Policy
 
 T = TypeVar("T")
 
@@ -74,12 +75,25 @@ class InferenceServer:
         batch_sizes: the only sizes a forward may have, for policies that were compiled or
             captured for some; smaller batches are padded by repeating their last row.
             Ascending, the last one ``max_batch_size``. ``None`` for any size.
+        fixed_batch: give every forward the same size, ``max_batch_size`` rounded up to a
+            multiple of 16, so that what a row gets does not depend on who shares its batch,
+            to the last bit (see :doc:`/reproducibility`).
         max_queue_size: rows that may wait; more wait outside, or are refused if they were
             sent with ``block=False``. ``None`` stands for 64 full batches, at least 4096 rows.
         collate_fn: makes a batch of a list of single-row TensorDicts; ``None`` stacks them.
         device: where the policy is moved to, and each batch; ``None`` leaves both.
-        output_device: where replies are moved to; ``None`` leaves them where the policy put
-            them.
+        devices: several such devices: each gets a replica of the policy, with a thread of its
+            own, and batches go to whichever is free. The policy must be an ``nn.Module``, and
+            updates may change the values of its parameters and buffers, nothing else.
+        compile: whether the policy is compiled by :func:`torch.compile`; or its arguments, as a
+            dict. Where that fails it runs as it is, and one warning says why.
+        cuda_graphs: whether the policy is captured as CUDA graphs, one for each of
+            ``batch_sizes``, by default 1, 2, 4, ... and ``max_batch_size`` (see
+            :doc:`/accelerators`). Where that fails it runs as it is, and one warning says why.
+        example: a request of one row like those to come: the server runs the policy on it in all
+            sizes, and so compiles and captures it, before it accepts requests.
+        output_device: where replies are moved to; ``None`` brings them to the CPU if there is a
+            ``device``, and leaves them where the policy put them if there is none.
         policy_version: the version the policy starts with.
         policy_version_key: where a reply says which version computed it (int64, of the
             request's batch size); ``None`` leaves it out.
@@ -112,9 +126,14 @@ class InferenceServer:
         timeout: float | None = None,
         objective: Literal["throughput", "latency"] = "throughput",
         batch_sizes: Sequence[int] | None = None,
+        fixed_batch: bool = False,
         max_queue_size: int | None = None,
         collate_fn: CollateFn | None = None,
         device: torch.device | str | None = None,
+        devices: Sequence[torch.device | str] | None = None,
+        compile: bool | Mapping[str, Any] = False,
+        cuda_graphs: bool = False,
+        example: TensorDictBase | None = None,
         output_device: torch.device | str | None = None,
         policy_version: int = 0,
         policy_version_key: Any = "policy_version",
@@ -145,11 +164,7 @@ class InferenceServer:
         if objective not in ("throughput", "latency"):
             raise ValueError(f"objective must be 'throughput' or 'latency', got {objective!r}")
         self._far_sighted = objective == "throughput"
-        self._sizes = (
-            None
-            if batch_sizes is None
-            else arguments.sizes("batch_sizes", batch_sizes, max_batch_size)
-        )
+        self._sizes = forward_sizes(batch_sizes, fixed_batch, cuda_graphs, self._max_batch_size)
         self._max_queue_size = (
             max(4096, 64 * self._max_batch_size)
             if max_queue_size is None
@@ -160,12 +175,27 @@ class InferenceServer:
         self._clock: Clock = MonotonicClock() if clock is None else clock
         if isinstance(policy_version, bool) or not isinstance(policy_version, int):
             raise TypeError(f"policy_version must be an int, got {policy_version!r}")
-        self._executor: Executor = ThreadExecutor() if executor is None else executor
-        self._slots = Slots(model, policy_version, between=self._executor.call)
         self._in_keys = None if collate_fn is not None else getattr(model, "in_keys", None)
-        on = arguments.device("device", device)
-        if on is not None and isinstance(model, torch.nn.Module):
-            model.to(on)
+        self._replicas = assemble(
+            model,
+            policy_version,
+            device=device,
+            devices=devices,
+            output_device=output_device,
+            fixed_batch=fixed_batch,
+            compile=compile,
+            cuda_graphs=cuda_graphs,
+            sizes=self._sizes,
+            executor=executor,
+            clock=self._clock,
+            collate_fn=collate_fn,
+            out_keys=getattr(model, "out_keys", None),
+            version_key=arguments.key("policy_version_key", policy_version_key),
+            return_inputs=arguments.flag("return_inputs", return_inputs),
+        )
+        self._slots = self._replicas.first
+        self._example = None if example is None else example_request(example)
+        self._executor = self._replicas.executor
         self._freshness = Freshness(
             self._slots, self._clock, max_staleness, max_age_s, staleness_policy
         )
@@ -177,25 +207,12 @@ class InferenceServer:
             if self._weight_sync.mode == "slots" or self._weight_sync.in_process:
                 self._slots.own()
         self._weights = ServedWeights(
-            weight_sync_model_id, self._slots, self._freshness, self._count, self._on_new_weights
-        )
-        collator = Collator(
-            collate_fn=collate_fn,
-            device=on,
-            output_device=arguments.device("output_device", output_device),
-            out_keys=getattr(model, "out_keys", None),
-            version_key=arguments.key("policy_version_key", policy_version_key),
-            return_inputs=arguments.flag("return_inputs", return_inputs),
+            weight_sync_model_id, self._slots, self._freshness, self._count, self._on_published
         )
         tags = self._freshness.limited and staleness_policy == "tag"
         self._holds_back = self._freshness.limited and not tags
-        self._forward = ForwardPass(
-            self._slots,
-            collator,
-            self._clock,
-            self._sizes,
-            self._freshness if tags else None,
-        )
+        if tags:
+            self._replicas.tag(self._freshness)
         self._recorder = StatsRecorder(self._clock())
         self._serving: Serving | None = None
         self._task: asyncio.Task[None] | None = None
@@ -226,7 +243,7 @@ class InferenceServer:
     @property
     def policy_version(self) -> int:
         """The version that serves now."""
-        return self._slots.current.version
+        return self._replicas.version
 
     def update_model(self, update_fn: Callable[[Any], T], *, mark_weight_update: bool = True) -> T:
         """Change the policy between two batches, and wait until that is done.
@@ -244,14 +261,13 @@ class InferenceServer:
             RuntimeError: called on the server's own event loop; await :meth:`aupdate_model`.
         """
         self._not_on_loop("update_model()", "await aupdate_model()")
-        future: Future[T] = self._executor.call(self._update(update_fn, mark_weight_update))
-        return future.result()
+        return self._replicas.update(self._update(update_fn, mark_weight_update)).result()
 
     async def aupdate_model(
         self, update_fn: Callable[[Any], T], *, mark_weight_update: bool = True
     ) -> T:
         """Change the policy between two batches; the awaitable :meth:`update_model`."""
-        future = self._executor.call(self._update(update_fn, mark_weight_update))
+        future = self._replicas.update(self._update(update_fn, mark_weight_update))
         return await asyncio.wrap_future(future)
 
     def _update(self, update_fn: Callable[[Any], T], mark: bool) -> Callable[[], T]:
@@ -334,15 +350,17 @@ class InferenceServer:
             batch_sizes=self._sizes,
             far_sighted=self._far_sighted,
             independent=not any(transport.in_process for transport in self._transports),
+            executors=len(self._replicas),
         )
         serving = Serving(
             self._transports,
             batcher,
             self._executor,
-            self._forward,
+            self._replicas.run,
             self._recorder,
             self._clock,
             self._admit,
+            None if self._example is None else partial(self._replicas.warm_up, self._example),
             self._freshness if self._holds_back else None,
         )
         # First the weights, so that the first answer is of the newest there are.
@@ -457,6 +475,11 @@ class InferenceServer:
 
     def _count(self, name: str, number: int) -> None:
         self._recorder.count(name, number)
+
+    def _on_published(self) -> None:
+        if len(self._replicas) > 1:
+            self._replicas.follow()
+        self._on_new_weights()
 
     def _on_new_weights(self) -> None:
         serving = self._serving

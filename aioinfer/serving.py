@@ -8,10 +8,12 @@ something it asked for happened: enough arrivals, a finished batch, a timer.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import cast
 
 from aioinfer.batch import Batch, Outcome
@@ -25,7 +27,8 @@ from aioinfer.errors import (
     ServerDiedError,
     WeightSyncError,
 )
-from aioinfer.executor import Executor
+from aioinfer.executor import Executor, Run
+from aioinfer.faults import copy_of
 from aioinfer.intake import Intake, Notice, loop_closed, running_loop
 from aioinfer.request import ColumnPort, GivenUp, ReplyPort, Request, State
 from aioinfer.signature import Signature
@@ -51,6 +54,7 @@ class Serving:
         recorder: counts.
         clock: the server's clock.
         admit: raises for a signature that the policy cannot serve.
+        warm_up: is to be done before anything is accepted, once the executor runs.
         freshness: how old the weights are, where they may be too old to serve.
     """
 
@@ -59,10 +63,11 @@ class Serving:
         transports: Sequence[InferenceTransport],
         batcher: Batcher,
         executor: Executor,
-        run: Callable[[Batch], None],
+        run: Run,
         recorder: StatsRecorder,
         clock: Clock,
         admit: Callable[[Signature], None],
+        warm_up: Callable[[], Future[None]] | None = None,
         freshness: Freshness | None = None,
     ) -> None:
         self.loop = asyncio.get_running_loop()
@@ -70,6 +75,7 @@ class Serving:
         self._batcher = batcher
         self._executor = executor
         self._run = run
+        self._warm_up = warm_up
         self._recorder = recorder
         self._clock = clock
         self._freshness = freshness
@@ -86,10 +92,12 @@ class Serving:
         self._attached: list[InferenceTransport] = []
         # Batches on their way back: from the executor thread, and then still to be answered.
         self._finished: deque[tuple[Batch, list[_Delivery]]] = deque()
+        self._freed: deque[Batch] = deque()
         self._done: deque[list[_Delivery]] = deque()
         self._timer: TimerHandle | None = None
         self._timer_at = 0.0
         self._drained: asyncio.Future[None] = self.loop.create_future()
+        self._fatal: ServerDiedError | None = None
         self._over = False
         self._lock = threading.Lock()  # between the end of a batch and the end of everything
 
@@ -100,9 +108,12 @@ class Serving:
 
         Raises:
             RuntimeError: a transport already serves another server.
+            Exception: what the policy raised while it was warmed up.
         """
-        self._executor.start(self._run_batch, self._on_finished)
+        self._executor.start(self._run_batch, self._on_finished, self._on_free)
         try:
+            if self._warm_up is not None:
+                await asyncio.wrap_future(self._warm_up())
             for transport in self._transports:
                 await transport.attach(self._intake)
                 self._attached.append(transport)
@@ -185,6 +196,8 @@ class Serving:
         try:
             self._take_notices()  # first: who gave up during the forward was not answered
             self._take_finished()
+            if self._fatal is not None:
+                raise self._fatal
             self._decide()
             # Replies go out after the next batch has: the executor works meanwhile.
             self._hand_out()
@@ -226,13 +239,16 @@ class Serving:
             self.abandon()
 
     def _take_finished(self) -> None:
+        while self._freed:
+            self._batcher.executor_free(self._freed.popleft().requests, self._clock())
         while self._finished:
             batch, deliveries = self._finished.popleft()
             self._running.remove(batch)
             self._done.append(deliveries)
             if batch.failed:
                 self._count_failures(batch)
-            self._batcher.forward_ended(batch.requests, batch.answered_at)
+                self._fatal = batch.fatal or self._fatal
+            self._batcher.forward_ended(batch.requests, batch.answered_at, batch.began_at)
 
     def _take_notices(self) -> None:
         notices = self._intake.notices
@@ -315,9 +331,14 @@ class Serving:
 
     # -- replies ------------------------------------------------------------
 
-    def _run_batch(self, batch: Batch) -> None:
-        if not self._over:
-            self._run(batch)
+    def _run_batch(self, batch: Batch) -> Callable[[], None] | None:
+        return None if self._over else self._run(batch)
+
+    def _on_free(self, batch: Batch) -> None:
+        """The executor can take another batch beside this one. Runs on a thread of its own."""
+        self._freed.append(batch)
+        with contextlib.suppress(RuntimeError):  # the loop was closed
+            self.loop.call_soon_threadsafe(self._pump)
 
     def _on_finished(self, batch: Batch) -> None:
         """The executor finished a batch. Runs on the thread that ran it."""
@@ -451,6 +472,8 @@ def _task_cancelled() -> InferenceError:
 
 def _because(cause: BaseException) -> Callable[[], InferenceError]:
     def make() -> InferenceError:
+        if isinstance(cause, ServerDiedError):
+            return copy_of(cause)
         error = ServerDiedError(f"the server stopped because of an error of its own: {cause!r}")
         error.__cause__ = cause
         return error

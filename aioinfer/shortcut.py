@@ -19,13 +19,22 @@ from tensordict.nn import TensorDictModule
 from aioinfer.tensordicts import new_tensordict
 
 
-def shortcut(model: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def shortcut(
+    model: Callable[[Any], Any], wrap: Callable[[Any], Callable[..., Any]] | None = None
+) -> Callable[[Any], Any]:
     """Return what does the same as ``model``, and less besides; ``model`` itself where unsure.
 
     What is returned reads the model anew at each call, so that hooks, a new inner module and
     new weights take effect as they do on the model.
+
+    Args:
+        model: the policy.
+        wrap: makes what is to be called of the module inside the policy, which takes and returns
+            tensors; of the policy itself where that is not plain.
     """
-    return _Shortcut(model) if _is_plain(model) else model
+    if _is_plain(model):
+        return _Shortcut(model, wrap)
+    return model if wrap is None else wrap(model)
 
 
 def _is_plain(model: Any) -> bool:
@@ -42,8 +51,11 @@ def _is_plain(model: Any) -> bool:
 
 
 class _Shortcut:
-    def __init__(self, model: TensorDictModule) -> None:
+    def __init__(
+        self, model: TensorDictModule, wrap: Callable[[Any], Callable[..., Any]] | None
+    ) -> None:
         self._model = model
+        self._wrapped = None if wrap is None else wrap(model.module)
         self._in_keys = list(model.in_keys)
         self._out_keys = list(model.out_keys)
 
@@ -51,7 +63,8 @@ class _Shortcut:
         model = self._model
         if model._forward_hooks or model._forward_pre_hooks or model._compiled_call_impl:
             return model(batch)
-        found = model.module(*[batch.get(key) for key in self._in_keys])
+        run = self._wrapped or model.module
+        found = run(*[batch.get(key) for key in self._in_keys])
         outputs = found if type(found) is tuple else (found,)
         rows = batch.batch_size
         if len(outputs) == len(self._out_keys):

@@ -20,15 +20,29 @@ def split(request: Request, max_rows: int) -> list[Request]:
     The parts are answered like any request; the last answer, or the first error, answers
     the whole.
     """
-    signature: Signature = request.signature  # type: ignore[assignment]
     port = _JoiningPort(request)
-    parts: list[Request] = []
+    parts = cut(request, max_rows)
+    for part in parts:
+        part.submitted_at = request.submitted_at
+        part.deadline = request.deadline
+        part.port = port
+        part.whole = request
+    request.parts = parts
+    request.data = None
+    request.encoding = None
+    request.state = State.QUEUED
+    return parts
+
+
+def cut(request: Request, max_rows: int) -> list[Request]:
+    """Return requests for at most ``max_rows`` of the rows each, in order; nothing else happens."""
+    signature: Signature = request.signature  # type: ignore[assignment]
     leaves = leaves_of(request) if signature.plain else ()
+    parts: list[Request] = []
     for start in range(0, request.rows, max_rows):
         rows = slice(start, min(start + max_rows, request.rows))
-        data = tuple(leaf[rows] for leaf in leaves) if signature.plain else request.data[rows]
         part = Request(
-            data,
+            tuple(leaf[rows] for leaf in leaves) if signature.plain else request.data[rows],
             rows.stop - rows.start,
             True,
             signature,
@@ -38,15 +52,7 @@ def split(request: Request, max_rows: int) -> list[Request]:
             request.source if rows.stop == request.rows else Source(),
             handle=len(parts),
         )
-        part.submitted_at = request.submitted_at
-        part.deadline = request.deadline
-        part.port = port
-        part.whole = request
         parts.append(part)
-    request.parts = parts
-    request.data = None
-    request.encoding = None
-    request.state = State.QUEUED
     return parts
 
 

@@ -397,7 +397,7 @@ class PuppetExecutor:
     """
 
     def __init__(self) -> None:
-        self._run: Callable[[Batch], None] | None = None
+        self._run: Callable[[Batch], Any] | None = None
         self._finished: Callable[[Batch], None] | None = None
         self._jobs: deque[Batch | _Call] = deque()
         self._taken: list[Batch] = []
@@ -451,7 +451,9 @@ class PuppetExecutor:
         if batch is None or run is None or finished is None:
             raise RuntimeError("no batch waits; `await settle()` or wait_until_submitted() first")
         if answers is None:
-            run(batch)
+            rest = run(batch)
+            if rest is not None:
+                rest()
         else:
             _answer(batch, answers)
         with self._bell.lock:
@@ -497,7 +499,12 @@ class PuppetExecutor:
 
     # -- for the server -----------------------------------------------------
 
-    def start(self, run: Callable[[Batch], None], finished: Callable[[Batch], None]) -> None:
+    def start(
+        self,
+        run: Callable[[Batch], Any],
+        finished: Callable[[Batch], None],
+        free: Callable[[Batch], None] | None = None,
+    ) -> None:
         """Get ready for a server; forget the batches of an earlier one."""
         with self._bell.lock:
             self._run, self._finished = run, finished

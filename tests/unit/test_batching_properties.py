@@ -8,6 +8,7 @@ server does, and no more: it asks the batcher again only when ``Wait`` says that
 from __future__ import annotations
 
 import copy
+import sys
 from collections import deque
 
 import hypothesis.strategies as st
@@ -43,6 +44,7 @@ class World(RuleBasedStateMachine):
         max_queue_size=st.sampled_from([1000, 1000, 1000, 12, 3, 1]),
         sizes=st.none() | st.sets(st.integers(1, 7)),
         far_sighted=st.booleans(),
+        executors=st.sampled_from([1, 1, 2, 3]),
         clients=st.integers(0, 6),
     )
     def begin(
@@ -53,6 +55,7 @@ class World(RuleBasedStateMachine):
         max_queue_size: int,
         sizes: set[int] | None,
         far_sighted: bool,
+        executors: int,
         clients: int,
     ) -> None:
         self.now = 0.0
@@ -67,7 +70,11 @@ class World(RuleBasedStateMachine):
             max_queue_size=max_queue_size,
             batch_sizes=self.sizes,
             far_sighted=far_sighted,
+            executors=executors,
         )
+        self.free = executors
+        self.dispatched: list[Dispatch] = []  # and not ended, each with whether it holds
+        self.holding: list[bool] = []
         self.order: dict[Request, int] = {}  # all requests ever, by arrival
         self.outside: deque[Request] = deque()  # sent while the queue was full
         self.queued: set[Request] = set()
@@ -156,16 +163,32 @@ class World(RuleBasedStateMachine):
                 if source.live:
                     self.send_from(source, 1, "a", None, 0, 0.0)
             self.time_passes(forward * TICK)
-            if self.batcher.busy:
-                self.the_forward_ends()
+            while self.dispatched:
+                self.end_a_forward(0)
             self.time_passes(think * TICK)
 
-    @precondition(lambda self: self.batcher.busy)
+    @precondition(lambda self: self.dispatched)
+    @rule(data=st.data())
+    def a_forward_ends(self, data: st.DataObject) -> None:
+        self.end_a_forward(data.draw(st.integers(0, len(self.dispatched) - 1)))
+
+    @precondition(lambda self: any(self.holding))
     @rule()
-    def the_forward_ends(self) -> None:
-        self.batcher.forward_ended(self.dispatched.requests, self.now)
-        self.ended.update(self.running)
-        self.running.clear()
+    def a_batch_is_staged(self) -> None:
+        """Its executor can take another."""
+        which = self.holding.index(True)
+        self.holding[which] = False
+        self.batcher.executor_free(self.dispatched[which].requests, self.now)
+        self.free += 1
+        self.ask()
+
+    def end_a_forward(self, which: int) -> None:
+        dispatch = self.dispatched.pop(which)
+        self.batcher.forward_ended(dispatch.requests, self.now)
+        self.free += self.holding.pop(which)
+        over = [r for r in self.running if r in set(dispatch.requests)]
+        self.running = [r for r in self.running if r not in set(over)]
+        self.ended.update(over)
         self.ask()
 
     # -- the driver ---------------------------------------------------------
@@ -194,6 +217,7 @@ class World(RuleBasedStateMachine):
         late: float,
     ) -> None:
         rows = min(rows, self.batcher.max_batch_size)
+        signature = sys.intern(signature)  # equal signatures are one object
         request = Request(None, rows, rows > 1, signature, patience, priority, source, None)
         request.submitted_at = self.now - late
         if patience is not None:
@@ -228,7 +252,7 @@ class World(RuleBasedStateMachine):
             action = self.batcher.next_action(self.now)
             if isinstance(action, Wait):
                 break
-            assert not busy, "a second batch beside the one that runs"
+            assert not busy, "a batch more than there are executors"
             self.check_dispatch(action)
         self.action = action
         self.check_wait(action)
@@ -249,9 +273,13 @@ class World(RuleBasedStateMachine):
             assert dispatch.size in (self.sizes or [dispatch.rows])
         self.queued.difference_update(left)
         self.check_order(batch)
-        assert self.batcher.busy == bool(batch)
-        self.dispatched = dispatch
-        self.running = list(batch)
+        if batch:
+            self.dispatched.append(dispatch)
+            self.holding.append(True)
+            self.free -= 1
+        assert self.batcher.busy == (self.free == 0)
+        assert self.free >= 0
+        self.running += batch
         self.ended.update(dispatch.expired)
 
     def check_order(self, batch: list[Request]) -> None:
@@ -319,8 +347,8 @@ class World(RuleBasedStateMachine):
             return
         self.batcher.close()
         for _ in range(len(self.order) + 1):
-            if self.batcher.busy:
-                self.the_forward_ends()
+            if self.dispatched:
+                self.end_a_forward(0)
             else:
                 self.ask()
         assert not self.queued

@@ -12,8 +12,8 @@ def experienced(think_s: float, fixed: float, per_row: float, **options: bool) -
     """A patience that has learnt a constant think time and a cost."""
     patience = Patience(**{"far_sighted": True, **options})
     for rows in (1, 2, 8, 32, 64) * 4:
-        patience.started(0.0)
-        patience.ended(KIND, rows, 1, fixed + per_row * rows)
+        seconds = fixed + per_row * rows
+        patience.ended(KIND, rows, 1, seconds, now=seconds)
     for _ in range(64):
         patience.think.learn(think_s)
     patience.forget()
@@ -23,7 +23,7 @@ def experienced(think_s: float, fixed: float, per_row: float, **options: bool) -
 def answered(patience: Patience, callers: int, at: float) -> list[Source]:
     """So many callers get their answers."""
     sources = [Source() for _ in range(callers)]
-    cohort = patience.ended(KIND, 1, callers, at)
+    cohort = patience.ended(KIND, 1, callers, 0.0, at)
     for source in sources:
         patience.expect(source, cohort)
     return sources
@@ -100,12 +100,12 @@ def test_a_pause_is_not_learnt_from_but_a_lasting_change_is():
     now = 1.0
     before = list(patience.think._latest)
     for _ in range(3):
-        cohort = patience.ended(KIND, 1, 1, now)
+        cohort = patience.ended(KIND, 1, 1, 0.0, now)
         now += 1.0
         patience.returned(cohort, now, idle=True)
         assert list(patience.think._latest) == before
     for _ in range(400):
-        cohort = patience.ended(KIND, 1, 1, now)
+        cohort = patience.ended(KIND, 1, 1, 0.0, now)
         now += 1.0
         patience.returned(cohort, now, idle=True)
     assert patience.think.median == 1.0
@@ -115,9 +115,9 @@ def test_requests_in_flight_of_one_client_are_expected_together():
     """A client with three callers is expected three times, from its latest answer."""
     patience = experienced(0.002, fixed=0.001, per_row=0.0)
     source = Source()
-    first = patience.ended(KIND, 1, 1, 1.0)
+    first = patience.ended(KIND, 1, 1, 0.0, 1.0)
     patience.expect(source, first)
-    second = patience.ended(KIND, 2, 2, 2.0)
+    second = patience.ended(KIND, 2, 2, 0.0, 2.0)
     patience.expect(source, second)
     patience.expect(source, second)
     assert (first.left, second.left) == (0, 3)
@@ -130,8 +130,7 @@ def test_ever_new_signatures_do_not_fill_memory():
     """Costs are kept for some hundred signatures at most."""
     patience = experienced(0.002, fixed=0.001, per_row=0.0)
     for i in range(2000):
-        patience.started(float(i))
-        patience.ended(f"kind {i}", 1, 1, i + 0.5)
+        patience.ended(f"kind {i}", 1, 1, 0.5, i + 0.5)
     assert len(patience._costs) <= 256
 
 

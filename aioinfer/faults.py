@@ -1,0 +1,91 @@
+"""What the errors of a device mean: too many rows, or no device any more."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import torch
+
+from aioinfer.errors import ServerDiedError
+
+_log = logging.getLogger("aioinfer")
+
+# A CUDA error stays with the process: every later call fails with it. These do not.
+_PASSING = (
+    "out of memory",
+    "invalid argument",
+    "invalid configuration argument",
+    "invalid device function",
+    "no kernel image",
+    "operation not supported",
+    "operation not permitted when stream is capturing",
+    "too many resources requested for launch",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a smaller batch may succeed."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    if not isinstance(error, RuntimeError):
+        return False
+    message = str(error)
+    return "out of memory" in message or "can't allocate memory" in message
+
+
+def device_died(error: BaseException) -> ServerDiedError | None:
+    """What to tell everybody, if ``error`` has made the device useless for this process."""
+    if not isinstance(error, RuntimeError):  # torch.AcceleratorError is one
+        return None
+    message = str(error)
+    if not message.startswith(("CUDA error: ", "HIP error: ")):
+        return None
+    if any(passing in message for passing in _PASSING):
+        return None
+    died = ServerDiedError(
+        f"the device failed, and cannot be used by this process any more: {message}"
+    )
+    died.__cause__ = error
+    return died
+
+
+def copy_of(died: ServerDiedError) -> ServerDiedError:
+    """Return the same for another waiter."""
+    another = ServerDiedError(*died.args)
+    another.__cause__ = died.__cause__
+    return another
+
+
+class Room:
+    """How many rows a forward may have, as far as its memory is concerned.
+
+    A forward that runs out of memory lowers it. After a while at the limit it is doubled, for
+    memory that others held may be free; each time that was in vain, the while is twice as long.
+    """
+
+    def __init__(self) -> None:
+        self.rows = sys.maxsize
+        """Rows that fit, as far as is known."""
+        self._succeeded = 0
+        self._patience = 256
+
+    def exceeded(self, rows: int, fewer: int) -> None:
+        """A forward of ``rows`` rows ran out of memory; the next lower size is ``fewer``."""
+        if self.rows == sys.maxsize:
+            _log.warning(
+                "a forward of %d rows ran out of memory; batches are divided from now on", rows
+            )
+        elif self._succeeded == 0:
+            self._patience *= 2
+        self.rows = max(1, min(self.rows, fewer))
+        self._succeeded = 0
+
+    def worked(self, rows: int) -> None:
+        """A forward of ``rows`` rows succeeded."""
+        if 2 * rows <= self.rows:
+            return  # that says nothing
+        self._succeeded += 1
+        if self._succeeded >= self._patience:
+            self._succeeded = 0
+            self.rows *= 2

@@ -1,0 +1,275 @@
+"""A forward on a device that works asynchronously, overlapped with what comes before and after.
+
+On the CPU a forward is over when it returns. On CUDA the thread only queues work, so while one
+batch computes, the next can be gathered and copied. Here a batch is a fixed number of operations,
+whatever the number of its requests: per leaf one gather into pinned memory that is used again and
+one copy to the device, the forward, and per entry of the reply one copy back. The copies have
+streams of their own and wait for each other by events, on the device. The thread that queues all
+this goes on with the next batch; another one waits for the end and answers.
+
+What a device has to be able to do is a :class:`Lane`, so that everything else can be tested
+without one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from aioinfer.batch import Batch
+from aioinfer.batching import fitting_size
+from aioinfer.buffers import Buffers
+from aioinfer.clock import Clock
+from aioinfer.collation import Collator, Columns
+from aioinfer.errors import ServerDiedError
+from aioinfer.faults import copy_of, device_died
+from aioinfer.forward import ForwardPass
+from aioinfer.sampling import sampling
+from aioinfer.signature import Signature
+from aioinfer.tensordicts import new_tensordict
+from aioinfer.weights.slots import Slots
+
+IN_FLIGHT = 2
+"""Batches that a device has at a time: one computes while the next is staged."""
+_AS_IS = contextlib.nullcontext()
+
+
+class Lane(Protocol):
+    """The queues of one device: copies there, forwards, copies back.
+
+    Each works through what it is given in order; between them, order is made by events.
+    """
+
+    def enter(self) -> None:
+        """Let the calling thread queue forwards, unless told otherwise, from now on."""
+
+    def pinned(self, nbytes: int) -> torch.Tensor:
+        """Return host memory (uint8) that copies need not wait for."""
+
+    def copying_in(self) -> contextlib.AbstractContextManager[None]:
+        """What is queued inside goes to the queue of copies to the device."""
+
+    def copying_out(self) -> contextlib.AbstractContextManager[None]:
+        """What is queued inside goes to the queue of copies back."""
+
+    def mark(self) -> Any:
+        """Return an event: all that was given to the present queue has been done."""
+
+    def wait_for(self, event: Any) -> None:
+        """Let the present queue wait; not the calling thread."""
+
+    def block_on(self, event: Any) -> None:
+        """Let the calling thread wait, without holding the interpreter."""
+
+
+class CudaLane:
+    """Three CUDA streams.
+
+    Args:
+        device: whose.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._streams: tuple[Any, Any, Any] | None = None
+
+    def _queues(self) -> tuple[Any, Any, Any]:
+        if self._streams is None:  # not before they are used, as they start CUDA
+            make: Any = partial(torch.cuda.Stream, self._device)
+            self._streams = make(), make(), make()
+        return self._streams
+
+    def enter(self) -> None:
+        """Make the stream of forwards the thread's own; it waits for the default stream, once."""
+        _, forwards, _ = self._queues()
+        forwards.wait_stream(torch.cuda.default_stream(self._device))
+        torch.cuda.set_stream(forwards)  # and the device with it
+
+    def pinned(self, nbytes: int) -> torch.Tensor:
+        """Return page-locked memory."""
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+    @contextlib.contextmanager
+    def copying_in(self) -> Iterator[None]:
+        """Use the first stream."""
+        with torch.cuda.stream(self._queues()[0]):
+            yield
+
+    @contextlib.contextmanager
+    def copying_out(self) -> Iterator[None]:
+        """Use the third stream."""
+        with torch.cuda.stream(self._queues()[2]):
+            yield
+
+    def mark(self) -> Any:
+        """Record an event on the current stream."""
+        event = torch.cuda.Event(blocking=True)  # who waits for it sleeps
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def wait_for(self, event: Any) -> None:
+        """Let the current stream wait."""
+        torch.cuda.current_stream(self._device).wait_event(event)
+
+    def block_on(self, event: Any) -> None:
+        """Wait in the driver."""
+        event.synchronize()
+
+
+class _Staged(NamedTuple):
+    """A batch of which everything is queued."""
+
+    done: Any
+    """The event of its last operation."""
+    columns: dict[str, torch.Tensor]
+    """Where its answers will be, in memory that is used again."""
+    rows: int
+    version: int
+    stale: bool | None
+    began_at: float
+    alive: Any
+    """What the device still reads and writes."""
+
+
+class StagedForward(ForwardPass):
+    """A :class:`ForwardPass` that only queues, where the batch is plain.
+
+    Everything else, and a batch whose forward raises, takes the way of a plain forward pass, which
+    also finds out who is to blame.
+
+    Args:
+        slots: as of a :class:`ForwardPass`, like the next three.
+        collator: see there.
+        clock: see there.
+        sizes: see there.
+        staging: gathers on the host, into memory that is :func:`pinned`, and leaves answers where
+            they are.
+        lane: queues work on the device.
+        device: where the policy is.
+        brings_back: whether replies go to the host; else they stay on the device.
+    """
+
+    def __init__(
+        self,
+        slots: Slots,
+        collator: Collator,
+        clock: Clock,
+        sizes: Sequence[int] | None,
+        staging: Collator,
+        lane: Lane,
+        device: torch.device,
+        *,
+        brings_back: bool,
+    ) -> None:
+        super().__init__(slots, collator, clock, sizes)
+        self._staging = staging
+        self._lane = lane
+        self._device = device
+        self._brings_back = brings_back
+        self._replies = pinned(lane)
+        self._unfit: set[Signature] = set()
+        """Requests whose answers are not plain."""
+        self._last_done_at = 0.0
+
+    def __call__(self, batch: Batch) -> Callable[[], None] | None:
+        """Queue a batch; return what waits for its end and sets its outcomes, if it was queued."""
+        signature: Signature = batch.requests[0].signature  # type: ignore[assignment]
+        if self._stages(signature) and batch.rows <= self._room.rows:
+            with contextlib.suppress(BaseException):  # it comes again, below, if it was no accident
+                staged = self._stage(batch, signature)
+                if staged is not None:
+                    return partial(self._finish, batch, staged)
+                if len(self._unfit) > 256:  # shapes that keep changing must not fill memory
+                    self._unfit.clear()
+                self._unfit.add(signature)
+        super().__call__(batch)
+        if not self._brings_back and batch.fatal is None:
+            self._lane.block_on(self._lane.mark())
+        return None
+
+    def _stages(self, signature: Signature) -> bool:
+        on_host = all([leaf is not None and leaf[2].type == "cpu" for leaf in signature.leaves])
+        return signature.plain and on_host and signature not in self._unfit
+
+    def _stage(self, batch: Batch, signature: Signature) -> _Staged | None:
+        """Queue a batch; ``None`` where the answers are not plain."""
+        lane, rows = self._lane, batch.rows
+        size = fitting_size(self._sizes, rows)
+        began_at = self._clock()
+        slot = self._slots.take()
+        mode = _AS_IS if signature.mode is None else sampling(slot.model, signature.mode)
+        version, stale = slot.version, self._is_stale()
+        alive: list[Any] = []
+        try:
+            with torch.no_grad(), mode:
+                host = self._staging.gather(batch.requests, rows, size)
+                alive.append(host)
+                with lane.copying_in():
+                    inputs = {k: v.to(self._device, non_blocking=True) for k, v in host.items()}
+                    copied = lane.mark()
+                alive.append(inputs)
+                lane.wait_for(copied)
+                # A TensorDict of its own, for the policy may write into it.
+                answer = slot.call(new_tensordict(dict(inputs), torch.Size([size])))
+                columns = self._staging.columns(answer, size)
+                if columns is None:
+                    lane.block_on(lane.mark())
+                    return None
+                alive += answer, columns
+                done = lane.mark()
+                found = {key: column[:rows] for key, column in columns.items()}
+                if self._brings_back:
+                    with lane.copying_out():
+                        lane.wait_for(done)
+                        found = {key: self._fetch(column) for key, column in found.items()}
+                        done = lane.mark()
+        except BaseException:
+            # Its memory must not be used again while the device may still read it.
+            lane.block_on(lane.mark())
+            raise
+        finally:
+            self._slots.give_back(slot)
+        self._note_success(signature, size)
+        return _Staged(done, found, rows, version, stale, began_at, alive)
+
+    def _fetch(self, column: torch.Tensor) -> torch.Tensor:
+        target = self._replies.take(tuple(column.shape), column.dtype)
+        if target is None:
+            return column.to("cpu")  # which waits
+        return target.copy_(column, non_blocking=True)
+
+    def _finish(self, batch: Batch, staged: _Staged) -> None:
+        """Wait for a batch, and set its outcomes and times. Never raises."""
+        requests = batch.requests
+        try:
+            self._lane.block_on(staged.done)
+            columns = staged.columns
+            if self._brings_back:
+                columns = {key: column.clone() for key, column in columns.items()}
+            answers = self._staging.answers(
+                columns, requests, staged.rows, staged.version, staged.stale
+            )
+            if not isinstance(answers, Columns):
+                answers = list(zip(requests, answers, strict=True))
+            self._set_answers(batch, answers)
+        except BaseException as error:
+            # What the device reports this late it reports to everybody from now on.
+            died = device_died(error) or ServerDiedError(f"the device failed: {error}")
+            died.__cause__ = error
+            batch.fatal, batch.failed = died, True
+            batch.outcomes = [(request, copy_of(died)) for request in requests]
+        now = self._clock()
+        batch.began_at = max(staged.began_at, self._last_done_at)
+        batch.forward_s = now - batch.began_at
+        batch.answered_at = self._last_done_at = now
+        for request in requests:
+            request.data = None
+
+
+def pinned(lane: Lane) -> Buffers:
+    """Memory for the copies of so many batches as are in flight, and one that is gathered."""
+    return Buffers(lane.pinned, IN_FLIGHT + 1)

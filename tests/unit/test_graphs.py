@@ -1,0 +1,272 @@
+"""Capturing and replaying, with a stand-in for the device that records what it is asked."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import action, row, sampling, within
+from tensordict import NonTensorData, TensorDict, TensorDictBase
+from tensordict.nn import InteractionType, TensorDictModule
+
+from aioinfer import InferenceServer, assembly
+from aioinfer.assembly import forward_sizes, preparation
+from aioinfer.graphs import Graphs, Kinds
+from aioinfer.sampling import sampling as in_mode
+from aioinfer.streams import Stream
+from aioinfer.testing import RecordingModel
+
+
+class CpuRecorder:
+    """Does what a device does: a replay reads the same inputs and writes the same outputs."""
+
+    def __init__(self, *_: Any) -> None:
+        self.recorded = 0
+        self.replayed = 0
+        self.error: Exception | None = None
+
+    def record(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        if self.error is not None:
+            raise self.error
+        self.recorded += 1
+        outputs = run()
+
+        def replay() -> None:
+            self.replayed += 1
+            with torch.no_grad():
+                for key, leaf in run().items():
+                    outputs.get(key).copy_(leaf)
+
+        return replay, outputs
+
+
+def graphs(call: Any, sizes: tuple[int, ...] = (1, 4), **shared: Any) -> Graphs:
+    return Graphs(call, sizes, shared.get("recorder", CpuRecorder()), shared.get("kinds", Kinds()))
+
+
+def batch(*values: float, key: str = "observation") -> TensorDict:
+    return TensorDict({key: torch.tensor(values)}, [len(values)])
+
+
+class TestGraphs:
+    """One graph per size and kind of batch."""
+
+    def test_all_sizes_are_captured_with_the_first_batch(self) -> None:
+        """The largest first; then nothing but replays, whatever the size."""
+        model, recorder = RecordingModel(), CpuRecorder()
+        call = graphs(model, (1, 2, 4), recorder=recorder)
+        assert call(batch(1, 2))["action"].tolist() == [2, 4]
+        assert model.batch_sizes == [2, 4, 2, 1]  # the batch itself; then they are captured
+        assert (recorder.recorded, recorder.replayed) == (3, 0)
+        assert call(batch(3))["action"].tolist() == [6]
+        assert call(batch(3, 4, 5, 6))["action"].tolist() == [6, 8, 10, 12]
+        assert (recorder.recorded, recorder.replayed) == (3, 2)
+
+    def test_addresses_stay(self) -> None:
+        """A replay writes where the last one did, and the caller's batch is not written to."""
+        call = graphs(RecordingModel())
+        call(batch(1))
+        first, second = batch(2), batch(3)
+        one = call(first)["action"]
+        two = call(second)["action"]
+        assert one.data_ptr() == two.data_ptr()
+        assert first["observation"].item() == 2
+
+    def test_kinds_of_batches(self) -> None:
+        """Other names, shapes and dtypes have graphs of their own."""
+        recorder = CpuRecorder()
+        call = graphs(lambda td: td, recorder=recorder)
+        for one in (
+            batch(1),
+            batch(1, key="other"),
+            TensorDict({"observation": torch.zeros(1, 2)}, [1]),
+            TensorDict({"observation": torch.zeros(1, dtype=torch.uint8)}, [1]),
+        ):
+            call(one)
+            answer = call(one)
+            assert all(answer[key].dtype == leaf.dtype for key, leaf in one.items())
+        assert (recorder.recorded, recorder.replayed) == (8, 4)
+
+    def test_kinds_are_bounded(self) -> None:
+        """Shapes that keep changing fill no memory; they run as they are."""
+        recorder = CpuRecorder()
+        call = graphs(lambda td: td, recorder=recorder)
+        for width in range(1, 40):
+            assert call(TensorDict({"x": torch.ones(1, width)}, [1]))["x"].shape == (1, width)
+        assert recorder.recorded == 2 * 16
+
+    @pytest.mark.parametrize(
+        "odd",
+        [
+            TensorDict({"a": {"b": torch.zeros(1)}}, [1]),
+            TensorDict({"a": torch.zeros(1), "name": NonTensorData("x", batch_size=[1])}, [1]),
+        ],
+    )
+    def test_what_is_not_plain_runs_as_it_is(self, odd: TensorDictBase) -> None:
+        """Nested and non-tensor entries have no fixed addresses."""
+        recorder = CpuRecorder()
+        call = graphs(lambda td: td, recorder=recorder)
+        assert call(odd) is odd
+        assert recorder.recorded == 0
+
+    def test_a_policy_that_writes_into_its_batch(self) -> None:
+        """The next replay gets what its batch holds, not what the last one left."""
+
+        def writes(td: TensorDictBase) -> TensorDictBase:
+            return td.set("action", td["observation"] * 2)
+
+        call = graphs(writes)
+        call(batch(1))
+        assert [call(batch(value))["action"].item() for value in (2, 3)] == [4, 6]
+
+    def test_other_copies_of_the_policy(self) -> None:
+        """Each weight slot has graphs of its own, captured before its first batch."""
+        recorder, kinds = CpuRecorder(), Kinds()
+        first, second = RecordingModel(), RecordingModel()
+        graphs(first, recorder=recorder, kinds=kinds)(batch(1))
+        assert recorder.recorded == 2
+        call = graphs(second, recorder=recorder, kinds=kinds)
+        assert recorder.recorded == 4
+        assert second.batch_sizes == [4, 1]
+        assert call(batch(5))["action"].item() == 10
+        assert recorder.replayed == 1
+
+    def test_what_cannot_be_captured_runs_as_it_is(self, caplog: pytest.LogCaptureFixture) -> None:
+        """One warning says why; later batches, of other kinds too, are not tried again."""
+        recorder = CpuRecorder()
+        recorder.error = RuntimeError("operation not permitted when stream is capturing")
+        call = graphs(RecordingModel(lambda td: td), recorder=recorder)
+        for one in (batch(1), batch(2), batch(3, key="other")):
+            assert call(one) is one
+        (record,) = caplog.records
+        assert "cannot be captured" in record.getMessage()
+        assert "stream is capturing" in record.getMessage()
+
+    def test_a_request_that_fails_is_no_reason(self, caplog: pytest.LogCaptureFixture) -> None:
+        """What the policy raises on its first batch is its caller's; the next one is captured."""
+        model, recorder = RecordingModel(), CpuRecorder()
+        model.fail_when(lambda td: bool((td["observation"] < 0).any()))
+        call = graphs(model, recorder=recorder)
+        with pytest.raises(ValueError, match="told to fail"):
+            call(batch(-1))
+        call(batch(1))
+        assert recorder.recorded == 2
+        assert not caplog.records
+
+    def test_a_device_that_dies_while_capturing(self) -> None:
+        """That is no reason to go on without graphs."""
+        recorder = CpuRecorder()
+        recorder.error = RuntimeError("CUDA error: an illegal memory access was encountered")
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            graphs(RecordingModel(), recorder=recorder)(batch(1))
+
+    def test_sampling_modes(self) -> None:
+        """A mode that requests ask for is captured with it."""
+        policy = sampling(InteractionType.RANDOM)
+        recorder = CpuRecorder()
+        call = graphs(policy, recorder=recorder)
+        one = TensorDict({"observation": torch.full((4, 3), 5.0)}, [4])
+        for _ in range(2):
+            with torch.no_grad(), in_mode(policy, InteractionType.DETERMINISTIC):
+                assert (call(one.copy())["action"] == 5).all()
+            with torch.no_grad():
+                assert not (call(one.copy())["action"] == 5).any()
+        assert (recorder.recorded, recorder.replayed) == (4, 2)
+
+    def test_seeds(self) -> None:
+        """Streams of rows are inputs of a graph, so a replay draws what a forward would."""
+        policy = TensorDictModule(
+            lambda x: x + torch.randn_like(x), in_keys=["observation"], out_keys=["action"]
+        )
+        call = preparation(None, CpuRecorder(), (1, 4))(policy)
+        plain = preparation(None, None, None)(policy)
+        one, other = Stream(1), Stream(1)
+        for _ in range(3):
+            zeros = batch(0, 0, 0, 0)
+            found = call(one.attach(zeros))["action"]
+            assert torch.equal(found, plain(other.attach(zeros))["action"])
+
+
+class TestServer:
+    """``cuda_graphs=True``, where the device is a stand-in."""
+
+    @pytest.fixture
+    def recorders(self, monkeypatch: pytest.MonkeyPatch) -> list[CpuRecorder]:
+        """Let the CPU pass for a device that records."""
+        made: list[CpuRecorder] = []
+
+        def make(*_: Any) -> CpuRecorder:
+            made.append(CpuRecorder())
+            return made[-1]
+
+        monkeypatch.setattr(assembly, "CudaRecorder", make)
+        monkeypatch.setattr(assembly, "_records", lambda place: True)
+        return made
+
+    async def test_serves(self, recorders: list[CpuRecorder]) -> None:
+        """Warmed up by its example, a server replays from the first request on."""
+        policy = TensorDictModule(
+            torch.nn.Linear(3, 3), in_keys=["observation"], out_keys=["action"]
+        )
+        async with InferenceServer(
+            policy, cuda_graphs=True, device="cpu", max_batch_size=6, example=row(0)
+        ) as server:
+            (recorder,) = recorders
+            assert (recorder.recorded, recorder.replayed) == (4, 3)  # 6, 4, 2, 1; and warming up
+            clients = [server.async_client() for _ in range(3)]
+            asked = [row(value) for value in (1, 2, 3)]
+            replies = await within(
+                asyncio.gather(*(c(td) for c, td in zip(clients, asked, strict=True)))
+            )
+            assert recorder.recorded == 4
+            assert recorder.replayed > 3
+        for td, reply in zip(asked, replies, strict=True):
+            with torch.no_grad():
+                expected = policy.module(td["observation"])
+            torch.testing.assert_close(reply["action"], expected)
+
+    async def test_weights_change_in_place(self, recorders: list[CpuRecorder]) -> None:
+        """A replay uses the new weights: their addresses are those that were captured."""
+        policy = TensorDictModule(
+            torch.nn.Linear(3, 3), in_keys=["observation"], out_keys=["action"]
+        )
+        async with InferenceServer(policy, cuda_graphs=True, device="cpu") as server:
+            client = server.async_client()
+            await within(client(row(1)))
+            zeros = {key: torch.zeros_like(leaf) for key, leaf in policy.state_dict().items()}
+            await within(server.aupdate_model(lambda model: model.load_state_dict(zeros)))
+            assert action(await within(client(row(1)))) == 0
+        assert recorders[0].replayed == 1
+
+    async def test_replies_belong_to_their_callers(self, recorders: list[CpuRecorder]) -> None:
+        """The next replay overwrites no reply."""
+        async with InferenceServer(
+            _double(), cuda_graphs=True, device="cpu", batch_sizes=[2, 4], max_batch_size=4
+        ) as server:
+            client = server.async_client()
+            replies = [await within(client(row(value))) for value in range(5)]
+        assert [action(reply) for reply in replies] == [0, 2, 4, 6, 8]
+
+    def test_needs_a_device(self) -> None:
+        """There are no graphs on a CPU."""
+        with pytest.raises(ValueError, match="cuda_graphs=True needs CUDA devices, got .'cpu'"):
+            InferenceServer(_double(), cuda_graphs=True, device="cpu")
+        with pytest.raises(ValueError, match="cuda_graphs=True needs CUDA devices, got .'None'"):
+            InferenceServer(_double(), cuda_graphs=True)
+
+    @pytest.mark.parametrize(
+        ("largest", "sizes"),
+        [(1, (1,)), (2, (1, 2)), (6, (1, 2, 4, 6)), (64, (1, 2, 4, 8, 16, 32, 64))],
+    )
+    def test_sizes(self, largest: int, sizes: tuple[int, ...]) -> None:
+        """By default they are the powers of two, and the largest."""
+        assert forward_sizes(None, False, True, largest) == sizes
+        assert forward_sizes([largest], False, True, largest) == (largest,)
+        assert forward_sizes(None, False, False, largest) is None
+
+
+def _double() -> TensorDictModule:
+    return TensorDictModule(lambda x: x * 2, in_keys=["observation"], out_keys=["action"])
