@@ -15,6 +15,7 @@ from aioinfer.stats import ServerStats
 from aioinfer.transports.asyncio import AsyncioTransport
 from aioinfer.transports.base import InferenceTransport
 from aioinfer.transports.mp import MPTransport
+from aioinfer.transports.ray import RayTransport
 from aioinfer.transports.threading import ThreadingTransport
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ __all__ = [
     "ModelError",
     "ProcessInferenceServer",
     "QueueFullError",
+    "RayTransport",
     "ServerClosedError",
     "ServerDiedError",
     "ServerStats",
