@@ -276,7 +276,8 @@ class Peer(abc.ABC):
         """Send frames, never blocking; on the loop, or on any thread if the port is."""
 
     def _not_understood(self, error: WireError) -> None:
-        _log.warning("a client process was disconnected: %s", error)
+        # As text: a record that keeps the error would keep all that its traceback refers to.
+        _log.warning("a client process was disconnected: %s", str(error))
         self.close(InvalidRequestError(f"the server did not understand this process: {error}"))
 
     # -- the end ------------------------------------------------------------
