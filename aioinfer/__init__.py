@@ -16,6 +16,7 @@ from aioinfer.stats import ServerStats
 from aioinfer.transports.asyncio import AsyncioTransport
 from aioinfer.transports.base import InferenceTransport
 from aioinfer.transports.mp import MPTransport
+from aioinfer.transports.ray import RayTransport
 from aioinfer.transports.threading import ThreadingTransport
 from aioinfer.weights import torchrl as torchrl  # it registers itself
 from aioinfer.weights.base import Ticket, WeightSyncScheme
@@ -42,6 +43,7 @@ __all__ = [
     "ModelError",
     "ProcessInferenceServer",
     "QueueFullError",
+    "RayTransport",
     "SendReport",
     "ServerClosedError",
     "ServerDiedError",

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 DEMO = EXAMPLES / "cartpole.py"
 PROCESSES = EXAMPLES / "process_actors.py"
+RAY = EXAMPLES / "ray_actors.py"
 SHORTEST = ["shortest_asyncio.py", "shortest_threads.py"]
 
 REQUIRED_PAGES = ["README.md", "docs/quickstart.md"]
@@ -132,7 +133,7 @@ def stopped(result: subprocess.CompletedProcess[str]) -> None:
 
 def test_every_example_is_run_here() -> None:
     """No example goes without a test in this file."""
-    run_here = [DEMO.name, PROCESSES.name, *SHORTEST]
+    run_here = [DEMO.name, PROCESSES.name, RAY.name, *SHORTEST]
     assert sorted(path.name for path in EXAMPLES.glob("*.py")) == sorted(run_here)
 
 
@@ -140,6 +141,14 @@ def test_every_example_is_run_here() -> None:
 def test_a_shortest_program_runs(name: str) -> None:
     """Each shortest program ends well and reports a reply for each of its actors."""
     assert "32 replies from" in succeeded(run(EXAMPLES / name))
+
+
+@pytest.mark.xdist_group("ray")
+def test_ray_actors_are_served() -> None:
+    """The example starts Ray, and every step of every environment was served."""
+    said = succeeded(run(RAY, "--actors", "2", "--envs", "3", "--steps", "20"))
+    assert "120 steps in" in said
+    assert "40 requests in" in said
 
 
 @pytest.mark.parametrize("name", SHORTEST)

@@ -21,6 +21,7 @@ PROMISED = {
     "InvalidRequestError",
     "ModelError",
     "QueueFullError",
+    "RayTransport",
     "ServerClosedError",
     "ServerDiedError",
     "SyncInferenceClient",

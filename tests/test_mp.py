@@ -448,6 +448,9 @@ NONSENSE: dict[str, Callable[[MPTransport], bytes]] = {
     "no hello": lambda transport: wire.encode(wire.Join(0)),
     "a wrong token": lambda transport: _hello(transport, bytes(32)),
     "random bytes after the hello": lambda transport: _hello(transport) + bytes(range(7, 207)),
+    "random bytes after a frame": lambda transport: (
+        _hello(transport) + wire.encode(wire.Join(0)) + bytes(range(7, 207))
+    ),
     "an oversized frame": lambda transport: (
         _hello(transport) + struct.pack("<II", wire.MAX_BODY + 1, wire.Kind.REQUEST)
     ),

@@ -23,12 +23,17 @@ from concurrent.futures import InvalidStateError
 from typing import Any, NamedTuple
 
 from aioinfer.clock import MonotonicClock
-from aioinfer.errors import InferenceError, ModelError, ServerClosedError, ServerDiedError
+from aioinfer.errors import (
+    InferenceError,
+    InvalidRequestError,
+    ModelError,
+    ServerClosedError,
+    ServerDiedError,
+)
 from aioinfer.intake import running_loop
 from aioinfer.request import GivenUp, Request, Source
 from aioinfer.signature import Signature, describe
 from aioinfer.transports import wire
-from aioinfer.transports.address import Address
 from aioinfer.transports.payload import (
     Layout,
     LayoutReceiver,
@@ -42,6 +47,9 @@ from aioinfer.transports.payload import (
 from aioinfer.transports.slots import Slots
 from aioinfer.transports.wire import FrameReader, Kind, Slot, WireError
 
+MAX_PAYLOAD = wire.MAX_BODY - wire.REQUEST_NBYTES
+"""Bytes of the largest request that a message can hold."""
+
 _clock = MonotonicClock()
 _REMEMBERED = 256
 
@@ -54,26 +62,19 @@ class _Asked(NamedTuple):
 
 
 class Channel(abc.ABC):
-    """What both kinds of connection share: requests to frames, frames to answers.
+    """A client's conversation with a server: requests to frames, frames to answers.
+
+    What carries the frames is up to subclasses.
 
     Args:
-        address: where the server listens.
-        inline_nbytes: payloads larger than this go through shared memory.
-
-    Raises:
-        ServerClosedError: nobody listens there.
+        inline_nbytes: payloads larger than this go through shared memory; ``None`` where the
+            two sides share none.
     """
 
-    def __init__(self, address: Address, inline_nbytes: int) -> None:
-        try:
-            self.socket = address.connect()
-        except OSError as error:
-            raise ServerClosedError(
-                "no running server is attached to this transport; start one before calling a client"
-            ) from error
+    def __init__(self, inline_nbytes: int | None) -> None:
         self.gone: InferenceError | None = None
         """Why this connection has ended."""
-        self._inline_nbytes = inline_nbytes
+        self._inline_nbytes = math.inf if inline_nbytes is None else inline_nbytes
         self._closing: Exception | None = None
         self._reader = FrameReader()
         self._ids = itertools.count()
@@ -87,7 +88,6 @@ class Channel(abc.ABC):
         self._slots = Slots()
         self._reply_nbytes: dict[Any, int] = {}  # per row, where replies are large
         self._usual_nbytes = wire.REPLY_FRAME_NBYTES  # of the frame of the latest reply
-        self._put(wire.encode(wire.Hello(wire.PROTOCOL, os.getpid(), address.token)))
 
     # -- requests -----------------------------------------------------------
 
@@ -136,6 +136,11 @@ class Channel(abc.ABC):
             sent before is appended to ``frames``.
         """
         packed = pack_described(request.data, request.rows, request.batched, signature)
+        if packed.nbytes > MAX_PAYLOAD and self._inline_nbytes > MAX_PAYLOAD:
+            raise InvalidRequestError(
+                f"a request of {packed.nbytes} bytes is too large to be sent; "
+                f"allowed are {MAX_PAYLOAD}"
+            )
         source = self._sources.get(request.source)
         if source is None:
             source = self._sources[request.source] = next(self._source_ids)
@@ -185,12 +190,11 @@ class Channel(abc.ABC):
 
     def close(self) -> None:
         """End the connection."""
-        self._lose(ServerClosedError("the client was closed"))
+        self.lose(ServerClosedError("the client was closed"))
 
     def forget(self) -> None:
         """Let go of what a forked child has inherited."""
         self.gone = ServerClosedError("the connection belongs to the parent process")
-        self.socket.close()
 
     def _place(self, packed: Packed, reply_nbytes: int) -> tuple[Slot | None, bool]:
         """Find the slot that the request is in, or its reply may be, and fill it."""
@@ -212,26 +216,16 @@ class Channel(abc.ABC):
 
     # -- answers ------------------------------------------------------------
 
-    def receive(self) -> None:
-        """Take what has come, and answer those who wait for it."""
+    def hear(self, data: wire.Buffer) -> None:
+        """Take bytes that have come, and answer those who wait for what is in them."""
         try:
-            count = self.socket.recv_into(self._reader.space())
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError:
-            count = 0
-        self._received(count)
-
-    def _received(self, count: int) -> None:
-        """Handle what has come into the reader's space; nothing at all is the end."""
-        if not count:
-            self._lose(ServerDiedError("the connection to the server has ended"))
-            return
-        try:
-            for kind, body in self._reader.received(count):
+            for kind, body in self._reader.feed(data):
                 self._handle(kind, body)
         except WireError as error:
-            self._lose(ServerDiedError(f"the server sent what is not a message: {error}"))
+            self._not_understood(error)
+
+    def _not_understood(self, error: WireError) -> None:
+        self.lose(ServerDiedError(f"the server sent what is not a message: {error}"))
 
     def _handle(self, kind: Kind, body: bytearray) -> None:
         if kind is Kind.REPLY:
@@ -297,7 +291,8 @@ class Channel(abc.ABC):
 
     # -- the end ------------------------------------------------------------
 
-    def _lose(self, error: InferenceError) -> None:
+    def lose(self, error: InferenceError) -> None:
+        """The connection has ended; tell everybody who waits, with the server's words if any."""
         if self.gone is not None:
             return
         self.gone = self._closing if isinstance(self._closing, InferenceError) else error
@@ -317,7 +312,60 @@ class Channel(abc.ABC):
 
     @abc.abstractmethod
     def _end(self) -> None:
-        """Close the socket."""
+        """Let go of what carries the frames."""
+
+
+class SocketChannel(Channel):
+    """A conversation over a stream socket.
+
+    Args:
+        connection: connected to the server; closed in the end.
+        inline_nbytes: payloads larger than this go through shared memory.
+        hello: what is said first.
+    """
+
+    def __init__(
+        self, connection: socket.socket, inline_nbytes: int | None, hello: bytes = b""
+    ) -> None:
+        super().__init__(inline_nbytes)
+        self.socket = connection
+        if hello:
+            self._put(hello)
+
+    def forget(self) -> None:
+        super().forget()
+        self.socket.close()
+
+    def receive(self) -> None:
+        """Take what has come, and answer those who wait for it."""
+        try:
+            count = self.socket.recv_into(self._reader.space())
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            count = 0
+        self._received(count)
+
+    def _received(self, count: int) -> None:
+        """Handle what has come into the reader's space; nothing at all is the end."""
+        if not count:
+            self.lose(ServerDiedError("the connection to the server has ended"))
+            return
+        try:
+            for kind, body in self._reader.received(count):
+                self._handle(kind, body)
+        except WireError as error:
+            self._not_understood(error)
+        else:
+            if self._reader.broken is not None:
+                self._not_understood(self._reader.broken)
+
+
+def no_server() -> ServerClosedError:
+    """Make the error of those who ask where nobody listens."""
+    return ServerClosedError(
+        "no running server is attached to this transport; start one before calling a client"
+    )
 
 
 class Outbox:
@@ -376,16 +424,10 @@ class Outbox:
         self.nbytes = 0
 
 
-class LoopChannel(Channel):
-    """The connection of the coroutines of one event loop."""
+class OnLoop(Channel):
+    """The conversation of the coroutines of one event loop; other threads may enter it."""
 
-    def __init__(
-        self, address: Address, inline_nbytes: int, loop: asyncio.AbstractEventLoop
-    ) -> None:
-        self._loop = weakref.ref(loop)  # the loop refers to this channel, and not the reverse
-        self._outbox: Outbox | None = None
-        super().__init__(address, inline_nbytes)
-        loop.add_reader(self.socket.fileno(), self.receive)
+    _loop: weakref.ref[asyncio.AbstractEventLoop]  # it refers to this channel, not the reverse
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop | None:
@@ -408,6 +450,22 @@ class LoopChannel(Channel):
         else:
             with contextlib.suppress(RuntimeError):  # closed since
                 loop.call_soon_threadsafe(function, *args)
+
+
+class LoopChannel(OnLoop, SocketChannel):
+    """The connection of the coroutines of one event loop."""
+
+    def __init__(
+        self,
+        connection: socket.socket,
+        inline_nbytes: int | None,
+        hello: bytes,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        self._loop = weakref.ref(loop)
+        self._outbox: Outbox | None = None
+        super().__init__(connection, inline_nbytes, hello)
+        loop.add_reader(self.socket.fileno(), self.receive)
 
     def _put(self, data: bytes, descriptor: int | None = None) -> None:
         if self.gone is not None:
@@ -483,13 +541,15 @@ class RemoteWaiter:
         return self._result
 
 
-class ThreadChannel(Channel):
+class ThreadChannel(SocketChannel):
     """The connection of one thread."""
 
-    def __init__(self, address: Address, inline_nbytes: int) -> None:
+    def __init__(
+        self, connection: socket.socket, inline_nbytes: int | None, hello: bytes = b""
+    ) -> None:
         self._lock = threading.RLock()  # a client may leave on any thread
         self._left: deque[Source] = deque()
-        super().__init__(address, inline_nbytes)
+        super().__init__(connection, inline_nbytes, hello)
         self.socket.settimeout(None)
         self._poll = select.poll()
         self._poll.register(self.socket, select.POLLIN)
@@ -557,8 +617,12 @@ class ThreadChannel(Channel):
 
     def look(self) -> None:
         """Take what came while nobody waited: perhaps that the server has gone."""
-        while self.gone is None and self._poll.poll(0):
+        while self.gone is None and self._arrived(0):
             self.receive()
+
+    def _arrived(self, timeout_ms: int) -> bool:
+        """Wait until something can be read; return whether it can."""
+        return bool(self._poll.poll(timeout_ms))
 
     def wait(self, waiter: RemoteWaiter, timeout: float | None) -> bool:
         """Read until the waiter has its answer."""
@@ -566,7 +630,7 @@ class ThreadChannel(Channel):
         while not waiter.done():
             if give_up_at is not None:
                 left = give_up_at - _clock()
-                if left <= 0 or not self._poll.poll(math.ceil(left * 1e3)):
+                if left <= 0 or not self._arrived(math.ceil(left * 1e3)):
                     return waiter.done()
             if self.gone is not None:
                 raise self._gone()

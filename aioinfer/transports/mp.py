@@ -3,57 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
-import contextlib
 import os
-import threading
+import socket
 import weakref
-from collections.abc import Callable
 from multiprocessing.context import BaseContext
 from typing import Any
 
-from aioinfer.blocking import BackgroundLoop
-from aioinfer.clock import Clock, MonotonicClock, RemoteTimer
-from aioinfer.intake import Intake, loop_closed, running_loop
-from aioinfer.request import GivenUp, Request, Source
+from aioinfer.intake import Intake
+from aioinfer.transports import wire
 from aioinfer.transports.address import Address
-from aioinfer.transports.base import InferenceTransport
-from aioinfer.transports.channel import Channel, LoopChannel, RemoteWaiter, ThreadChannel
-from aioinfer.transports.peer import Peer
+from aioinfer.transports.channel import LoopChannel, ThreadChannel, no_server
+from aioinfer.transports.channeled import ChannelTransport
+from aioinfer.transports.peer import SocketPeer
 
-MAX_SUBMITTED = 4096
-"""Requests that the threads of a process may have submitted and not had answered, before
-``submit`` waits: on this link nobody knows from afar how full the server's queue is."""
 INLINE_NBYTES = 1 << 14
 """Payloads up to so many bytes travel in the message. With 8 processes on 2 cores
 (``tests/benchmarks/processes.py --threshold``) messages are a fifth faster at 1 KiB, both are
 alike at 64 KiB, and memory is twice as fast at 1 MiB."""
 
 
-class _Submitted:
-    """Counts what threads have submitted and not had answered."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._changed = threading.Condition()
-
-    def begin(self, future: concurrent.futures.Future[Any]) -> None:
-        with self._changed:
-            self.count += 1
-        future.add_done_callback(self._end)
-
-    def _end(self, future: concurrent.futures.Future[Any]) -> None:
-        with self._changed:
-            self.count -= 1
-            self._changed.notify()
-
-    def wait_for_room(self, timeout: float | None) -> bool:
-        """Block this thread until one more may be submitted; return whether it may."""
-        with self._changed:
-            return self._changed.wait_for(lambda: self.count < MAX_SUBMITTED, timeout)
-
-
-class MPTransport(InferenceTransport):
+class MPTransport(ChannelTransport):
     """Serves actors in processes of the same host, however those were started.
 
     Its clients, and the transport itself, can be sent to other processes or inherited by fork,
@@ -85,110 +54,24 @@ class MPTransport(InferenceTransport):
     def _setup(self, address: Address, inline_nbytes: int) -> None:
         self._address = address
         self._inline_nbytes = inline_nbytes
-        self._clock = MonotonicClock()
         self._listener: Any = None
-        self._intake: Intake | None = None
-        self._peers: set[Peer] = set()
-        self._begin()
-        _transports.add(self)
+        self._peers: set[SocketPeer] = set()
+        super().__init__()
 
-    def _begin(self) -> None:
-        """Start without connections."""
-        # The loop owns its channel, by the reader; it ends with the loop, whoever still waits.
-        self._loops: weakref.WeakKeyDictionary[
-            asyncio.AbstractEventLoop, weakref.ref[LoopChannel]
-        ] = weakref.WeakKeyDictionary()
-        self._thread = threading.local()
-        self._threads: weakref.WeakSet[ThreadChannel] = weakref.WeakSet()
-        self._background: BackgroundLoop | None = None
-        self._lock = threading.Lock()
-        self._submitted = _Submitted()
+    def _new_loop_channel(self, loop: asyncio.AbstractEventLoop) -> LoopChannel:
+        return LoopChannel(*self._connect(), loop)
 
-    # -- used by clients ----------------------------------------------------
+    def _new_thread_channel(self) -> ThreadChannel:
+        return ThreadChannel(*self._connect())
 
-    @property
-    def clock(self) -> Clock:
-        return self._clock
-
-    def waiter(self) -> RemoteWaiter:
-        return RemoteWaiter()
-
-    def send(
-        self, request: Request, loop: asyncio.AbstractEventLoop | None, *, block: bool = True
-    ) -> None:
-        if self._intake is not None and self._intake.loop.is_closed():
-            raise loop_closed()
-        if loop is not None:
-            self._loop_channel(loop).send(request, block=block)
-        elif isinstance(request.handle, RemoteWaiter):
-            if self._intake is not None and running_loop() is self._intake.loop:
-                raise RuntimeError(
-                    "a sync client was called on the server's own event loop, which it would "
-                    "block for ever; use `await client(td)` with an async client there"
-                )
-            self._thread_channel().send(request, block=block)
-        else:
-            background = self._background_loop()
-
-            async def send() -> None:
-                self._loop_channel(background.loop).send(request, block=block)
-
-            background.call(send)
-            self._submitted.begin(request.handle)
-
-    def exchange(self, td: Any, source: Source) -> Any:
-        """Ask for a plain row on the calling thread's connection, and wait; ``None`` if not so."""
-        channel: ThreadChannel | None = getattr(self._thread, "channel", None)
-        if channel is None or self._intake is not None:
-            return None
-        return channel.exchange(td, source)
-
-    def give_up(self, request: Request, why: GivenUp) -> None:
-        channel: Any = getattr(request, "port", None)
-        if isinstance(channel, Channel):
-            channel.give_up(request, why)
-
-    def wait_for_room(self, rows: int, timeout: float | None) -> bool:
-        return self._submitted.wait_for_room(timeout)
-
-    def call_at(self, when: float, callback: Callable[[], object]) -> RemoteTimer:
-        return RemoteTimer(self._clock, self._background_loop().loop, when, callback)
-
-    def join(self, source: Source) -> None:
-        pass  # it joins with its first request
-
-    def leave(self, source: Source) -> None:
-        for channel in self._channels():
-            channel.leave(source)
-
-    def _channels(self) -> list[Channel]:
-        of_loops = [channel() for channel in self._loops.values()]
-        return [*[channel for channel in of_loops if channel is not None], *self._threads]
-
-    def _loop_channel(self, loop: asyncio.AbstractEventLoop) -> LoopChannel:
-        known = self._loops.get(loop)
-        channel = None if known is None else known()
-        if channel is None or channel.gone is not None:
-            channel = LoopChannel(self._address, self._inline_nbytes, loop)
-            self._loops[loop] = weakref.ref(channel)
-        return channel
-
-    def _thread_channel(self) -> ThreadChannel:
-        channel: ThreadChannel | None = getattr(self._thread, "channel", None)
-        if channel is not None:
-            channel.look()
-        if channel is None or channel.gone is not None:
-            channel = self._thread.channel = ThreadChannel(self._address, self._inline_nbytes)
-            self._threads.add(channel)
-        return channel
-
-    def _background_loop(self) -> BackgroundLoop:
-        with self._lock:
-            if self._background is None:
-                self._background = BackgroundLoop()
-                self._end_background = weakref.finalize(self, self._background.close_soon)
-                self._end_background.atexit = False  # its thread is a daemon
-            return self._background
+    def _connect(self) -> tuple[socket.socket, int, bytes]:
+        """A connection to the server, from what size on memory is shared, and what to say first."""
+        try:
+            connection = self._address.connect()
+        except OSError as error:
+            raise no_server() from error
+        hello = wire.encode(wire.Hello(wire.PROTOCOL, os.getpid(), self._address.token))
+        return connection, self._inline_nbytes, hello
 
     # -- used by the server -------------------------------------------------
 
@@ -242,27 +125,20 @@ class MPTransport(InferenceTransport):
             connection, _ = self._listener.accept()
         except OSError:  # it has gone already, or there are no descriptors left
             return
-        self._peers.add(Peer(connection, intake, self._address.token, self._peers.discard))
+        self._peers.add(SocketPeer(connection, intake, self._address.token, self._peers.discard))
 
     def _after_fork(self) -> None:
-        """Forget, in a forked child, what belongs to the parent."""
-        # The sockets are closed, or the parent's end would not be noticed. Nothing else is
-        # touched: the child shares the parent's epoll instance.
-        for channel in self._channels():
-            channel.forget()
+        super()._after_fork()
         for peer in self._peers:
             peer.forget()
         if self._listener is not None:
             self._loop_closed.detach()
             self._listener.close()
-        if self._background is not None:
-            self._end_background.detach()
-        self._listener = self._intake = None
+        self._listener = None
         self._peers = set()
-        self._begin()
 
 
-def _hang_up(listener: Any, peers: set[Peer]) -> None:
+def _hang_up(listener: Any, peers: set[SocketPeer]) -> None:
     listener.close()
     for peer in list(peers):
         peer.hang_up()
@@ -274,15 +150,3 @@ def _elsewhere(address: Address, inline_nbytes: int) -> MPTransport:
     transport.ctx = None
     transport._setup(address, inline_nbytes)
     return transport
-
-
-_transports: weakref.WeakSet[MPTransport] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    for transport in list(_transports):
-        with contextlib.suppress(Exception):
-            transport._after_fork()
-
-
-os.register_at_fork(after_in_child=_after_fork)

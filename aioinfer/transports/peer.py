@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import contextlib
 import hmac
@@ -66,90 +67,51 @@ class _Looks(NamedTuple):
     reply_slot: Slot | None
 
 
-class Peer:
-    """Reads requests on the server's loop, and answers them from whatever thread has the answer.
+class Peer(abc.ABC):
+    """The server's conversation with a client: frames to requests, answers to frames.
+
+    What carries the frames is up to subclasses.
 
     Args:
-        connection: the connected socket; closed in the end.
         intake: where requests go.
-        token: what the client must show first.
         closed: called, on the loop, with this object once the connection has ended.
     """
 
-    def __init__(
-        self,
-        connection: socket.socket,
-        intake: Intake,
-        token: bytes,
-        closed: Callable[[Peer], None],
-    ) -> None:
-        self.socket = connection
+    port: Port
+    """Takes the answers of a batch."""
+
+    def __init__(self, intake: Intake, closed: Callable[[Any], None]) -> None:
         self._intake = intake
         self._loop: asyncio.AbstractEventLoop = intake.loop
-        self._token = token
         self._closed = closed
         self._reader = FrameReader()
-        self._greeting_nbytes = _HELLO_NBYTES
-        """Bytes still to come of the first frame; nothing more is read before it is checked."""
-        self._descriptors: deque[int] = deque()
         self._arenas = Arenas()
+        self._clocks_agree = True
+        """Whether the client reads the clock that the server reads."""
         self._sources: dict[int, Source] = {}
         self._open: dict[int, Request] = {}
         self._their_layouts = LayoutReceiver()
         self._known: dict[bytes, _Looks] = {}
-        self._lock = threading.Lock()  # around everything that is sent
         self._layouts = LayoutSender()
         self.last_layout: tuple[Layout | None, int] = (None, 0)
         """The layout of the latest replies, and its id."""
-        connection.setblocking(False)
-        self._outbox = Outbox(connection)
         self._over = False
-        self._hung_up = False
-        self._welcome = False
-        self._timer = self._loop.call_later(HELLO_TIMEOUT_S, self._expect_hello)
-        self._loop.add_reader(connection.fileno(), self._readable)
 
     # -- requests -----------------------------------------------------------
 
-    def _readable(self) -> None:
-        space = self._reader.space()
-        if not self._welcome:
-            space = space[: self._greeting_nbytes]
+    def hear(self, data: wire.Buffer) -> None:
+        """Take bytes that have come; on the loop."""
         try:
-            count, ancillary, _, _ = self.socket.recvmsg_into([space], _ANCILLARY_NBYTES)
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError:
-            count, ancillary = 0, []
-        try:
-            for level, kind, data in ancillary:
-                if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                    usable = len(data) - len(data) % 4
-                    numbers = memoryview(data[:usable]).cast("i")
-                    self._descriptors.extend(numbers)
-            if len(self._descriptors) > _MAX_DESCRIPTORS:
-                raise WireError("more descriptors than arenas")
-            if not count:
-                self.close(None)
-                return
-            for kind_, body in self._reader.received(count):
-                if kind_ is _REQUEST and self._welcome:
-                    self._ask(body)
-                else:
-                    self._handle(kind_, body)
+            for kind, body in self._reader.feed(data):
                 if self._over:
                     return
-            if not self._welcome:
-                self._greeting_nbytes -= count
-                if not self._greeting_nbytes:
-                    raise WireError("the first frame is no HELLO")
+                self._handle(kind, body)
         except WireError as error:
-            _log.warning("a client process was disconnected: %s", error)
-            self.close(InvalidRequestError(f"the server did not understand this process: {error}"))
+            self._not_understood(error)
 
     def _handle(self, kind: Kind, body: bytearray) -> None:
-        if not self._welcome:
-            self._greet(kind, body)
+        if kind is _REQUEST:
+            self._ask(body)
         elif kind is Kind.LAYOUT:
             self._known.clear()
             self._their_layouts.define(*decode_layout(body))
@@ -172,22 +134,13 @@ class Peer:
                 self._leave(left)
         elif kind is Kind.ARENA:
             arena, nbytes = wire.decode(kind, body)
-            if not self._descriptors:
-                raise WireError("an arena without its descriptor")
-            self._arenas.add(arena, nbytes, self._descriptors.popleft())
+            self._arenas.add(arena, nbytes, self._descriptor())
         else:
             raise WireError(f"{kind.name} is for servers to say")
 
-    def _greet(self, kind: Kind, body: bytearray) -> None:
-        if kind is not Kind.HELLO:
-            raise WireError(f"{kind.name} before HELLO")
-        hello = wire.decode(kind, body)
-        if not hmac.compare_digest(hello.token, self._token):
-            raise WireError("a HELLO with the wrong token")
-        if hello.protocol != wire.PROTOCOL:
-            raise WireError(f"protocol {hello.protocol}, this server speaks {wire.PROTOCOL}")
-        self._welcome = True
-        self._timer.cancel()
+    def _descriptor(self) -> int:
+        """The descriptor that came beside the frames."""
+        raise WireError("an arena without its descriptor")
 
     def _ask(self, body: bytearray) -> None:
         request_id, submitted_at = wire.decode_number(body)
@@ -208,9 +161,13 @@ class Peer:
                 (self, request_id, looks.reply_slot),
             )
             request.encoding = looks.encoding
-            request.port = _PORT
+            request.port = self.port
             self._open[request_id] = request
-            self._intake.submit(request, block=looks.block, submitted_at=submitted_at)
+            self._intake.submit(
+                request,
+                block=looks.block,
+                submitted_at=submitted_at if self._clocks_agree else None,
+            )
         except (InferenceError, TypeError, ValueError) as error:
             self._open.pop(request_id, None)
             self.send(wire.encode_error(request_id, error))
@@ -314,57 +271,16 @@ class Peer:
         """Whether the request is still to be answered, which the caller will do now."""
         return self._open.pop(request_id, None) is not None
 
+    @abc.abstractmethod
     def send(self, data: bytes | memoryview) -> None:
-        """Send frames, never blocking; on any thread."""
-        with self._lock:
-            if not (self._over or self._outbox.waiting):
-                try:
-                    sent = self.socket.send(data)
-                except OSError:  # full, or gone
-                    sent = 0
-                if sent < len(data):
-                    self._put(data[sent:])
-            else:
-                self._put(data)
-        if self._hung_up and not self._open:
-            self.forget()
+        """Send frames, never blocking; on the loop, or on any thread if the port is."""
 
-    def _put(self, data: bytes | memoryview) -> None:
-        """Send, never blocking; the lock is held."""
-        if self._over or not data:
-            return
-        try:
-            if self._outbox.put(data):
-                return
-        except OSError:  # it has gone; the loop will read that
-            return
-        slow = self._outbox.nbytes > MAX_WAITING_NBYTES
-        # Not here: this may be another thread than the loop's, and the lock is held.
-        with contextlib.suppress(RuntimeError):  # the loop was closed
-            self._loop.call_soon_threadsafe(self._give_in if slow else self._wait_for_room)
-
-    def _wait_for_room(self) -> None:
-        if not self._over:
-            self._loop.add_writer(self.socket.fileno(), self._flush)
-
-    def _flush(self) -> None:
-        with self._lock:
-            try:
-                done = self._outbox.flush()
-            except OSError:
-                done = True
-        if done:
-            self._loop.remove_writer(self.socket.fileno())
-
-    def _give_in(self) -> None:
-        _log.warning("a client process that does not read its answers was disconnected")
-        self.close(None)
+    def _not_understood(self, error: WireError) -> None:
+        # As text: a record that keeps the error would keep all that its traceback refers to.
+        _log.warning("a client process was disconnected: %s", str(error))
+        self.close(InvalidRequestError(f"the server did not understand this process: {error}"))
 
     # -- the end ------------------------------------------------------------
-
-    def _expect_hello(self) -> None:
-        if not self._welcome:
-            self.close(None)
 
     def _leave(self, source: Source) -> None:
         source.closed = True
@@ -374,18 +290,10 @@ class Peer:
         """End the connection, saying why if that is known; on the loop."""
         if self._over:
             return
-        with self._lock:
-            if error is not None:
-                self._put(wire.encode_error(0, error, Kind.CLOSING))
-            self._over = True
-            self._outbox.clear()
-        self._timer.cancel()
-        descriptor = self.socket.fileno()
-        self._loop.remove_reader(descriptor)
-        self._loop.remove_writer(descriptor)
-        self.socket.close()
-        while self._descriptors:
-            os.close(self._descriptors.popleft())
+        if error is not None:
+            self.send(wire.encode_error(0, error, Kind.CLOSING))
+        self._over = True
+        self._end()
         requests, self._open = list(self._open.values()), {}
         for request in requests:
             self._intake.give_up(request, GivenUp.CANCELLED)
@@ -393,22 +301,22 @@ class Peer:
             self._leave(source)
         self._closed(self)
 
-    def forget(self) -> None:
-        """Let go of what a forked child has inherited."""
-        self.socket.close()
-
-    def hang_up(self) -> None:
-        """The loop was closed under the server: end the connection after what still runs."""
-        self._hung_up = True
-        if not any([request.state is State.RUNNING for request in list(self._open.values())]):
-            self.forget()
+    @abc.abstractmethod
+    def _end(self) -> None:
+        """Let go of what carries the frames."""
 
 
-class _Port:
-    """Answers a whole batch, however many peers its requests came from."""
+class Port:
+    """Answers a whole batch, however many peers its requests came from.
 
-    on_loop = False
+    Args:
+        on_loop: whether all of them send on the server's loop, and not on any thread.
+    """
+
     takes_columns = True
+
+    def __init__(self, *, on_loop: bool) -> None:
+        self.on_loop = on_loop
 
     def deliver(self, outcomes: Sequence[tuple[Request, Any]]) -> None:
         by_peer: dict[Peer, list[tuple[Request, Any]]] = {}
@@ -461,4 +369,174 @@ def _send_rows(columns: Columns, packed: PackedColumns) -> None:
         peer.send(b"".join(mine))
 
 
-_PORT = _Port()
+_ANY_THREAD = Port(on_loop=False)
+ON_LOOP = Port(on_loop=True)
+
+
+class SocketPeer(Peer):
+    """A conversation over a Unix socket.
+
+    Reads on the server's loop, and answers from whatever thread has the answer.
+
+    Args:
+        connection: the connected socket; closed in the end.
+        intake: where requests go.
+        token: what the client must show first.
+        closed: called, on the loop, with this object once the connection has ended.
+    """
+
+    def __init__(
+        self,
+        connection: socket.socket,
+        intake: Intake,
+        token: bytes,
+        closed: Callable[[SocketPeer], None],
+    ) -> None:
+        super().__init__(intake, closed)
+        self.port = _ANY_THREAD
+        self.socket = connection
+        self._token = token
+        self._greeting_nbytes = _HELLO_NBYTES
+        """Bytes still to come of the first frame; nothing more is read before it is checked."""
+        self._descriptors: deque[int] = deque()
+        self._lock = threading.Lock()  # around everything that is sent
+        connection.setblocking(False)
+        self._outbox = Outbox(connection)
+        self._hung_up = False
+        self._welcome = False
+        self._timer = self._loop.call_later(HELLO_TIMEOUT_S, self._expect_hello)
+        self._loop.add_reader(connection.fileno(), self._readable)
+
+    # -- requests -----------------------------------------------------------
+
+    def _readable(self) -> None:
+        space = self._reader.space()
+        if not self._welcome:
+            space = space[: self._greeting_nbytes]
+        try:
+            count, ancillary, _, _ = self.socket.recvmsg_into([space], _ANCILLARY_NBYTES)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            count, ancillary = 0, []
+        try:
+            for level, kind, data in ancillary:
+                if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                    usable = len(data) - len(data) % 4
+                    numbers = memoryview(data[:usable]).cast("i")
+                    self._descriptors.extend(numbers)
+            if len(self._descriptors) > _MAX_DESCRIPTORS:
+                raise WireError("more descriptors than arenas")
+            if not count:
+                self.close(None)
+                return
+            for kind_, body in self._reader.received(count):
+                if kind_ is _REQUEST and self._welcome:
+                    self._ask(body)
+                else:
+                    self._handle(kind_, body)
+                if self._over:
+                    return
+            if not self._welcome:
+                self._greeting_nbytes -= count
+                if not self._greeting_nbytes:
+                    raise WireError("the first frame is no HELLO")
+            if self._reader.broken is not None:
+                raise self._reader.broken
+        except WireError as error:
+            self._not_understood(error)
+
+    def _handle(self, kind: Kind, body: bytearray) -> None:
+        if self._welcome:
+            super()._handle(kind, body)
+        else:
+            self._greet(kind, body)
+
+    def _greet(self, kind: Kind, body: bytearray) -> None:
+        if kind is not Kind.HELLO:
+            raise WireError(f"{kind.name} before HELLO")
+        hello = wire.decode(kind, body)
+        if not hmac.compare_digest(hello.token, self._token):
+            raise WireError("a HELLO with the wrong token")
+        if hello.protocol != wire.PROTOCOL:
+            raise WireError(f"protocol {hello.protocol}, this server speaks {wire.PROTOCOL}")
+        self._welcome = True
+        self._timer.cancel()
+
+    def _descriptor(self) -> int:
+        return self._descriptors.popleft() if self._descriptors else super()._descriptor()
+
+    # -- answers ------------------------------------------------------------
+
+    def send(self, data: bytes | memoryview) -> None:
+        """Send frames, never blocking; on any thread."""
+        with self._lock:
+            if not (self._over or self._outbox.waiting):
+                try:
+                    sent = self.socket.send(data)
+                except OSError:  # full, or gone
+                    sent = 0
+                if sent < len(data):
+                    self._put(data[sent:])
+            else:
+                self._put(data)
+        if self._hung_up and not self._open:
+            self.forget()
+
+    def _put(self, data: bytes | memoryview) -> None:
+        """Send, never blocking; the lock is held."""
+        if self._over or not data:
+            return
+        try:
+            if self._outbox.put(data):
+                return
+        except OSError:  # it has gone; the loop will read that
+            return
+        slow = self._outbox.nbytes > MAX_WAITING_NBYTES
+        # Not here: this may be another thread than the loop's, and the lock is held.
+        with contextlib.suppress(RuntimeError):  # the loop was closed
+            self._loop.call_soon_threadsafe(self._give_in if slow else self._wait_for_room)
+
+    def _wait_for_room(self) -> None:
+        if not self._over:
+            self._loop.add_writer(self.socket.fileno(), self._flush)
+
+    def _flush(self) -> None:
+        with self._lock:
+            try:
+                done = self._outbox.flush()
+            except OSError:
+                done = True
+        if done:
+            self._loop.remove_writer(self.socket.fileno())
+
+    def _give_in(self) -> None:
+        _log.warning("a client process that does not read its answers was disconnected")
+        self.close(None)
+
+    # -- the end ------------------------------------------------------------
+
+    def _expect_hello(self) -> None:
+        if not self._welcome:
+            self.close(None)
+
+    def _end(self) -> None:
+        with self._lock:
+            self._outbox.clear()
+        self._timer.cancel()
+        descriptor = self.socket.fileno()
+        self._loop.remove_reader(descriptor)
+        self._loop.remove_writer(descriptor)
+        self.socket.close()
+        while self._descriptors:
+            os.close(self._descriptors.popleft())
+
+    def forget(self) -> None:
+        """Let go of what a forked child has inherited."""
+        self.socket.close()
+
+    def hang_up(self) -> None:
+        """The loop was closed under the server: end the connection after what still runs."""
+        self._hung_up = True
+        if not any([request.state is State.RUNNING for request in list(self._open.values())]):
+            self.forget()

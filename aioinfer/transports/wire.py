@@ -24,7 +24,7 @@ import enum
 import math
 import struct
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tensordict.nn import InteractionType
@@ -145,6 +145,18 @@ class FrameReader:
         self._space = None
         self._filled += count
         return self._grow_large(self._large)
+
+    def feed(self, data: Buffer) -> Iterator[tuple[Kind, bytearray]]:
+        """Take in bytes that came some other way; yield the frames now complete."""
+        view = memoryview(data)
+        while len(view):
+            space = self.space()
+            count = min(len(space), len(view))
+            space[:count] = view[:count]
+            yield from self.received(count)
+            if self.broken is not None:
+                raise WireError(*self.broken.args)
+            view = view[count:]
 
     def _cut_small(self) -> list[tuple[Kind, bytearray]]:
         frames: list[tuple[Kind, bytearray]] = []

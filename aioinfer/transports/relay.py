@@ -1,0 +1,230 @@
+"""The meeting point of a server and its clients: a Ray actor, one per transport.
+
+It tells clients where the server listens and, for those that cannot connect to it, forwards their
+calls (:mod:`aioinfer.transports.rpc`). Ray can call actors but no program that drives them, so
+the server does not wait to be called: it asks for calls, and brings the answers to earlier ones
+along.
+
+This module imports nothing of the package, nor torch: its class is sent to the cluster by value,
+and the actor needs neither the memory nor the seconds that torch takes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Awaitable
+from typing import Any, NamedTuple
+
+Call = tuple[int, bytes, int, bytes]
+"""A number for the answer, then the arguments of ``exchange``."""
+Reply = tuple[int, int, bytes]
+"""That number, then what ``exchange`` returns."""
+
+LEAVE, DIED = -1, -2  # as in aioinfer.transports.rpc
+PROBE_S = 0.2
+"""Seconds after which a server that owes an answer is looked after."""
+
+
+class Announced(NamedTuple):
+    """A server that runs."""
+
+    name: bytes
+    """Nothing else has it."""
+    where: Any
+    """What clients are told."""
+    process: Any
+    """Differs from one process to the next."""
+    actor: Any
+    """The handle of the actor that it runs in; ``None`` in a driver."""
+
+
+class Relay:
+    """What the actor does; all of it on its event loop."""
+
+    def __init__(self) -> None:
+        self._server: Announced | None = None
+        self._calls: deque[Call] = deque()
+        self._waiting: dict[int, asyncio.Future[tuple[int, bytes]]] = {}
+        self._numbers = 0
+        self._asking: deque[asyncio.Future[None]] = deque()
+        self._busy = False
+        self._probe: asyncio.TimerHandle | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._watched: dict[bytes, asyncio.Task[None]] = {}
+        self._forever: dict[bytes, asyncio.Future[None]] = {}
+
+    # -- for servers --------------------------------------------------------
+
+    async def announce(
+        self, name: bytes, where: Any, process: Any, actor: Any, alive: list[Awaitable[Any]]
+    ) -> bool:
+        """A server runs; it may unless another one does.
+
+        Args:
+            name: its own.
+            where: what clients are told.
+            process: differs from one process to the next.
+            actor: the handle of its actor, or ``None``.
+            alive: fails if its process ends; a handle on the actor says so sooner.
+
+        Returns:
+            Whether it may.
+        """
+        other = self._server
+        if other is not None:
+            restarted = actor is not None and actor == other.actor and process != other.process
+            if not restarted and await self._lives(other):
+                return False
+            await self.withdraw(other.name, [], DIED)
+        self._server = Announced(name, where, process, actor)
+        self._start(self._watch_server(name, alive))
+        return True
+
+    async def withdraw(self, name: bytes, replies: list[Reply], number: int = LEAVE) -> None:
+        """A server is closed, or has died."""
+        if not self._is(name):
+            return
+        self._answer(replies)
+        self._server = None
+        self._let_go(name)
+        self._look_after(False)
+        self._calls.clear()
+        waiting, self._waiting = self._waiting, {}
+        for answer in waiting.values():
+            if not answer.done():
+                answer.set_result((number, b""))
+        self._let_ask_again()
+
+    async def serve(self, name: bytes, replies: list[Reply], busy: bool) -> list[Call]:
+        """Take answers to earlier calls; return new calls, once there are any.
+
+        Who asks again while this is held gets nothing from the first.
+
+        Args:
+            name: the server's.
+            replies: the answers.
+            busy: whether somebody waits for an answer of this server.
+        """
+        if not self._is(name):
+            return []
+        self._answer(replies)
+        self._look_after(busy)
+        self._let_ask_again()
+        if not self._calls:
+            asking = asyncio.get_running_loop().create_future()
+            self._asking.append(asking)
+            await asking
+        if not self._is(name):
+            return []
+        calls, self._calls = list(self._calls), deque()
+        if calls:
+            self._look_after(True)
+        return calls
+
+    def _is(self, name: bytes) -> bool:
+        return self._server is not None and self._server.name == name
+
+    def _answer(self, replies: list[Reply]) -> None:
+        for number, place, data in replies:
+            answer = self._waiting.pop(number, None)
+            if answer is not None and not answer.done():
+                answer.set_result((place, data))
+
+    def _let_ask_again(self) -> None:
+        while self._asking:
+            asking = self._asking.popleft()
+            if not asking.done():
+                asking.set_result(None)
+
+    # -- whether a server lives ---------------------------------------------
+
+    def _look_after(self, busy: bool) -> None:
+        """While a server owes an answer, see every moment that it still lives."""
+        self._busy = busy
+        if busy and self._probe is None and self._actor() is not None:
+            self._probe = asyncio.get_running_loop().call_later(PROBE_S, self._probe_now)
+
+    def _actor(self) -> Any:
+        return None if self._server is None else self._server.actor
+
+    def _probe_now(self) -> None:
+        self._probe = None
+        if self._busy and self._server is not None:
+            self._start(self._probed(self._server))
+
+    async def _probed(self, server: Announced) -> None:
+        try:
+            await server.actor.__ray_ready__.remote()
+        except Exception:
+            await self.withdraw(server.name, [], DIED)
+        else:
+            self._look_after(self._busy)
+
+    async def _lives(self, server: Announced) -> bool:
+        if server.actor is None:
+            return True
+        try:
+            await asyncio.wait_for(server.actor.__ray_ready__.remote(), 1.0)
+        except TimeoutError:  # it is busy
+            return True
+        except Exception:
+            return False
+        return True
+
+    async def _watch_server(self, name: bytes, alive: list[Awaitable[Any]]) -> None:
+        with contextlib.suppress(Exception):
+            await alive[0]
+        await self.withdraw(name, [], DIED)
+
+    def _start(self, coroutine: Any) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    # -- for clients --------------------------------------------------------
+
+    async def find(self) -> tuple[bytes, Any] | None:
+        """The name of the server, and where it is; ``None`` if there is none."""
+        return None if self._server is None else (self._server.name, self._server.where)
+
+    async def exchange(self, connection: bytes, number: int, data: bytes) -> tuple[int, bytes]:
+        """Forward a call to the server, and return its answer."""
+        if number == LEAVE:
+            watching = self._watched.pop(connection, None)
+            if watching is not None:
+                watching.cancel()
+            self._let_go(connection)
+        if self._server is None:
+            return LEAVE, b""
+        self._numbers += 1
+        answer: asyncio.Future[tuple[int, bytes]] = asyncio.get_running_loop().create_future()
+        self._waiting[self._numbers] = answer
+        self._calls.append((self._numbers, connection, number, data))
+        self._let_ask_again()
+        return await answer
+
+    async def watch(self, connection: bytes, alive: list[Awaitable[Any]]) -> None:
+        """End a connection once the process of its client has ended."""
+        self._watched[connection] = self._start(self._watch_client(connection, alive))
+
+    async def _watch_client(self, connection: bytes, alive: list[Awaitable[Any]]) -> None:
+        with contextlib.suppress(Exception):
+            await alive[0]
+        self._watched.pop(connection, None)
+        await self.exchange(connection, LEAVE, b"")
+
+    async def stay(self, name: bytes) -> None:
+        """Return when the server or connection of this name has ended.
+
+        Who awaits the outcome of this call learns, too, when the process has ended that made it.
+        """
+        self._forever[name] = asyncio.get_running_loop().create_future()
+        await self._forever[name]
+
+    def _let_go(self, name: bytes) -> None:
+        stay = self._forever.pop(name, None)
+        if stay is not None and not stay.done():
+            stay.set_result(None)
