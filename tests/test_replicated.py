@@ -168,6 +168,45 @@ async def test_a_bad_request_is_not_sent_on():
         assert action(await within(client(row(2)))) == 4
 
 
+def test_callers_who_know_nothing_of_each_other_spread_by_what_replicas_report():
+    """Threads with transports of their own, one request each, do not all stay with the first."""
+    transports = {name: MPTransport() for name in "ab"}
+    original = ReplicatedTransport(transports, room=4)
+    first, second = (InferenceServer(RecordingModel(), each) for each in transports.values())
+
+    def actor(number: int) -> None:
+        client = pickle.loads(pickle.dumps(original)).sync_client()
+        for step in range(40):
+            assert action(client(row(number + step))) == 2 * (number + step)
+
+    with first, second:
+        for thread in [InThread(actor, number) for number in range(24)]:
+            thread.result()
+        rows_of = [server.stats().rows for server in (first, second)]
+    assert sum(rows_of) == 24 * 40
+    assert min(rows_of) > 24 * 40 / 10, rows_of
+
+
+def test_replicas_say_how_many_rows_they_have_room_for():
+    """A policy that costs as much per row as per forward leaves room for a row or two."""
+    transport = MPTransport()
+    replicated = ReplicatedTransport({0: transport})
+    clock = ManualClock()
+
+    class Slow:
+        def __call__(self, td: Any) -> Any:
+            clock.advance(0.01 * len(td) + 0.02)
+            td["action"] = 2 * td["observation"]
+            return td
+
+    with InferenceServer(Slow(), transport, clock=clock, timeout=0.0, min_batch_size=1):
+        client = replicated.sync_client()
+        for rounds in range(40):
+            client(rows(range(1 + rounds % 8)))
+    (load,) = replicated._balancer._loads.values()
+    assert load.room in (1, 2, 3)
+
+
 # -- replicas that leave ------------------------------------------------------
 
 

@@ -31,6 +31,8 @@ must not take down all of them."""
 FIRST_PAUSE_S = 0.1
 """Seconds for which a replica that went away is left alone; twice as long each time."""
 LONGEST_PAUSE_S = 5.0
+DEFAULT_ROOM = 64
+"""Rows for which a replica has room until it says so itself."""
 
 _GONE = (ServerClosedError, ServerDiedError)
 
@@ -190,7 +192,8 @@ class ReplicatedTransport(InferenceTransport):
     Args:
         replicas: the transport of each replica, by name. Where several processes share them, the
             order should be the same everywhere.
-        room: rows that one replica has room for, before a second one is used too.
+        room: rows that one replica has room for, before a second one is used too; ``None`` for
+            what the replicas themselves say, where they do, from what their forwards cost.
         retry: whether requests of a replica that goes away are sent to another one.
         clock: for tests.
     """
@@ -199,11 +202,11 @@ class ReplicatedTransport(InferenceTransport):
         self,
         replicas: Mapping[Any, InferenceTransport] | None = None,
         *,
-        room: int = 64,
+        room: int | None = None,
         retry: bool = True,
         clock: Clock | None = None,
     ) -> None:
-        self._room = arguments.count("room", room)
+        self._room = None if room is None else arguments.count("room", room)
         self._retry = arguments.flag("retry", retry)
         self._clock: Clock = MonotonicClock() if clock is None else clock
         self._replicas: dict[Hashable, _Replica] = {}
@@ -216,7 +219,7 @@ class ReplicatedTransport(InferenceTransport):
         """Start with nothing under way."""
         self._lock = threading.Lock()
         self._background_lock = threading.Lock()
-        self._balancer: Balancer[_Replica] = Balancer(self._room)
+        self._balancer: Balancer[_Replica] = Balancer(self._room or DEFAULT_ROOM)
         for replica in self._replicas.values():
             replica.rows, replica.back_at, replica.pause_s = 0, 0.0, 0.0
             self._balancer.add(replica, replica.room)
@@ -447,7 +450,11 @@ class ReplicatedTransport(InferenceTransport):
             attempt.over = True
             replica, rows = attempt.replica, attempt.inner.rows
             replica.rows -= rows
-            self._balancer.answered(replica, rows, replica.transport.load)
+            link = getattr(attempt.inner, "port", None) if well else None
+            self._balancer.answered(replica, rows, getattr(link, "load", None))
+            room = getattr(link, "room", None)
+            if room and (self._room or replica.room) is None and not replica.removed:
+                self._balancer.add(replica, room)
             if well and replica.pause_s:
                 replica.pause_s = 0.0
                 self._return(replica)
@@ -511,7 +518,7 @@ class ReplicatedTransport(InferenceTransport):
 
 
 def _elsewhere(
-    replicas: list[tuple[Hashable, InferenceTransport, int | None]], room: int, retry: bool
+    replicas: list[tuple[Hashable, InferenceTransport, int | None]], room: int | None, retry: bool
 ) -> ReplicatedTransport:
     """Make the transport in the process to which it was sent."""
     transport = ReplicatedTransport(room=room, retry=retry)
