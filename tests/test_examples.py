@@ -9,6 +9,7 @@ import runpy
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 DEMO = EXAMPLES / "cartpole.py"
 RAY = EXAMPLES / "ray_actors.py"
+MONARCH = EXAMPLES / "monarch_actors.py"
 SHORTEST = ["shortest_asyncio.py", "shortest_threads.py"]
 
 REQUIRED_PAGES = ["README.md", "docs/quickstart.md"]
@@ -86,9 +88,8 @@ def column(table: str, row: str, number: int = 0) -> float:
 
 def test_every_example_is_run_here() -> None:
     """No example goes without a test in this file."""
-    assert sorted(path.name for path in EXAMPLES.glob("*.py")) == sorted(
-        [DEMO.name, *SHORTEST, RAY.name]
-    )
+    known = sorted([DEMO.name, MONARCH.name, RAY.name, *SHORTEST])
+    assert sorted(path.name for path in EXAMPLES.glob("*.py")) == known
 
 
 @pytest.mark.parametrize("name", SHORTEST)
@@ -178,6 +179,18 @@ def test_ctrl_c_ends_the_demo_cleanly(mode: list[str], phase: str) -> None:
     assert process.returncode == 130
     assert "Traceback" not in rest
     assert rest.splitlines()[-1] == "stopped"
+
+
+@pytest.mark.skipif(find_spec("monarch") is None, reason="there is no Monarch for every platform")
+def test_the_monarch_actors_see_new_weights() -> None:
+    """The table has a line per actor with its steps, and versions that went up while it ran."""
+    options = ["--actors", "2", "--environments", "2", "--steps", "150", "--replicas", "2"]
+    out = succeeded(run(MONARCH, *options, "--update-every", "0.01"))
+    lines = [line.split() for line in out.splitlines()[1:3]]
+    assert [line[1] for line in lines] == ["300", "300"]
+    assert all(int(line[-1]) > 0 for line in lines)
+    assert "600 steps in" in out
+    assert "replica 0: " in out
 
 
 # -- the pages ----------------------------------------------------------------

@@ -13,16 +13,16 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Mapping
-from concurrent.futures import InvalidStateError
 from typing import Any
 
 import aioinfer.arguments as arguments
 from aioinfer.balancing import Balancer
 from aioinfer.blocking import BackgroundLoop
 from aioinfer.clock import Clock, MonotonicClock, RemoteTimer
-from aioinfer.errors import InferenceError, ServerClosedError, ServerDiedError
+from aioinfer.errors import InferenceError, ServerClosedError
 from aioinfer.intake import Intake
 from aioinfer.request import GivenUp, Request, Source
+from aioinfer.transports.attempt import GONE, Attempt, Replica, ReplicatedWaiter
 from aioinfer.transports.base import InferenceTransport
 
 MAX_RETRIES = 2
@@ -33,151 +33,6 @@ FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 5.0
 DEFAULT_ROOM = 64
 """Rows for which a replica has room until it says so itself."""
-
-_GONE = (ServerClosedError, ServerDiedError)
-
-
-class _Replica:
-    """One server: its link, who of ours it knows, and whether it is there."""
-
-    def __init__(self, name: Hashable, transport: InferenceTransport, room: int | None) -> None:
-        self.name = name
-        self.transport = transport
-        self.room = room
-        self.sources: weakref.WeakKeyDictionary[Source, Source] = weakref.WeakKeyDictionary()
-        self.rows = 0
-        """Rows sent to it and not answered."""
-        self.removed = False
-        self.back_at = 0.0
-        """Until when it is left alone."""
-        self.pause_s = 0.0
-        """How long it was left alone since it last answered."""
-
-    def leave(self, source: Source) -> None:
-        """One of our clients is gone."""
-        known = self.sources.pop(source, None)
-        if known is not None:
-            known.closed = True
-            self.transport.leave(known)
-
-    def leave_all(self) -> None:
-        """All of them are, as far as this replica is concerned."""
-        for source in list(self.sources):
-            self.leave(source)
-
-
-class _Attempt:
-    """One request on its way to one replica, and the handle that this replica answers."""
-
-    __slots__ = ("_transport", "data", "deadline", "given_up", "handle", "inner", "loop", "over",
-                 "replica", "retries", "source", "tried")  # fmt: skip
-
-    def __init__(
-        self,
-        transport: ReplicatedTransport,
-        request: Request,
-        loop: asyncio.AbstractEventLoop | None,
-    ) -> None:
-        self._transport = transport
-        self.handle = request.handle
-        self.data = request.data
-        self.source = request.source
-        self.deadline = request.deadline
-        self.loop = loop
-        self.inner: Any = request
-        """The request as its replica has it; before that, the one it is made after."""
-        self.replica: _Replica
-        self.tried: list[_Replica] = []
-        self.retries = 0
-        self.over = True
-        """Whether no replica has it; set once per replica, under the transport's lock."""
-        self.given_up: GivenUp | None = None
-
-    def end(self) -> None:
-        """Keep nothing that was asked, and no cycle of references."""
-        self.inner = self.data = None
-
-    # -- as a handle --------------------------------------------------------
-
-    def done(self) -> bool:
-        """Whether nobody waits for it any more."""
-        return self.given_up is not None or bool(self.handle.done())
-
-    def set_result(self, result: Any) -> None:
-        """The replica has answered."""
-        if self._transport._settled(self, well=True):
-            self.end()
-            _answer(self.handle, result, None)
-
-    def set_exception(self, error: BaseException) -> None:
-        """The replica has failed it, or has gone."""
-        if not self._transport._settled(self):
-            return
-        if isinstance(error, _GONE):
-            failure = self._transport._again(self, error)
-            if failure is None:
-                return
-            error = failure
-        self.end()
-        _answer(self.handle, None, error)
-
-
-def _answer(handle: Any, result: Any, error: BaseException | None) -> None:
-    if handle.done():
-        return
-    try:
-        if error is None:
-            handle.set_result(result)
-        else:
-            handle.set_exception(error)
-    except InvalidStateError:  # given up in this moment, on another thread
-        pass
-
-
-class ReplicatedWaiter:
-    """What a thread waits on: what its replica's link made for the purpose, one after the other."""
-
-    __slots__ = ("_error", "_result", "attempt")
-
-    def __init__(self) -> None:
-        self.attempt: _Attempt | None = None
-        self._result: Any = None
-        self._error: BaseException | None = None
-
-    def wait(self, timeout: float | None) -> bool:
-        """Block until answered or ``timeout`` seconds have passed; return whether answered."""
-        attempt = self.attempt
-        assert attempt is not None
-        transport = attempt._transport
-        give_up_at = None if timeout is None else transport.clock() + timeout
-        while True:
-            left = None if give_up_at is None else max(0.0, give_up_at - transport.clock())
-            waiter = attempt.inner.handle
-            error: BaseException | None = None
-            try:
-                if not waiter.wait(left):
-                    return False
-                self._result = waiter.result()
-            except Exception as failure:
-                error = failure
-            transport._settled(attempt, well=error is None)
-            if isinstance(error, _GONE):
-                error = transport._again(attempt, error)
-                if error is None:
-                    continue
-            attempt.end()
-            self._error = error
-            return True
-
-    def result(self) -> Any:
-        """Return the answer, or raise it; once."""
-        error, self._error = self._error, None
-        if error is not None:
-            try:
-                raise error
-            finally:
-                del error  # its traceback refers to this frame
-        return self._result
 
 
 class ReplicatedTransport(InferenceTransport):
@@ -209,7 +64,7 @@ class ReplicatedTransport(InferenceTransport):
         self._room = None if room is None else arguments.count("room", room)
         self._retry = arguments.flag("retry", retry)
         self._clock: Clock = MonotonicClock() if clock is None else clock
-        self._replicas: dict[Hashable, _Replica] = {}
+        self._replicas: dict[Hashable, Replica] = {}
         self._begin()
         for name, transport in (replicas or {}).items():
             self.add(name, transport)
@@ -219,11 +74,11 @@ class ReplicatedTransport(InferenceTransport):
         """Start with nothing under way."""
         self._lock = threading.Lock()
         self._background_lock = threading.Lock()
-        self._balancer: Balancer[_Replica] = Balancer(self._room or DEFAULT_ROOM)
+        self._balancer: Balancer[Replica] = Balancer(self._room or DEFAULT_ROOM)
         for replica in self._replicas.values():
             replica.rows, replica.back_at, replica.pause_s = 0, 0.0, 0.0
             self._balancer.add(replica, replica.room)
-        self._absent: list[_Replica] = []
+        self._absent: list[Replica] = []
         self._background: BackgroundLoop | None = None
 
     def __reduce__(self) -> Any:
@@ -251,7 +106,7 @@ class ReplicatedTransport(InferenceTransport):
             raise TypeError(f"transport must be an InferenceTransport, got {transport!r}")
         if room is not None:
             room = arguments.count("room", room)
-        replica = _Replica(name, transport, room)
+        replica = Replica(name, transport, room)
         with self._lock:
             replaced = self._replicas.get(name)
             if replaced is not None:
@@ -276,7 +131,7 @@ class ReplicatedTransport(InferenceTransport):
             replica = self._replicas.get(name)
             return 0 if replica is None else replica.rows
 
-    def _take_out(self, replica: _Replica) -> None:
+    def _take_out(self, replica: Replica) -> None:
         replica.removed = True
         self._balancer.remove(replica)
         if replica in self._absent:
@@ -303,7 +158,7 @@ class ReplicatedTransport(InferenceTransport):
         if loop is None and not in_thread:  # a future: it waits on no thread, so it needs a loop
             background = self._background_loop()
             loop = background.loop
-        attempt = _Attempt(self, request, loop)
+        attempt = Attempt(self, request, loop)
         request.data, request.port = None, attempt  # type: ignore[assignment]
         if in_thread:
             handle.attempt = attempt
@@ -319,10 +174,10 @@ class ReplicatedTransport(InferenceTransport):
     def give_up(self, request: Request, why: GivenUp) -> None:
         request.given_up = why
         attempt: Any = getattr(request, "port", None)
-        if not isinstance(attempt, _Attempt):
+        if not isinstance(attempt, Attempt):
             return
         attempt.given_up = why
-        if self._settled(attempt):
+        if self.settled(attempt):
             attempt.replica.transport.give_up(attempt.inner, why)
             attempt.end()
 
@@ -361,7 +216,7 @@ class ReplicatedTransport(InferenceTransport):
 
     # -- inside -------------------------------------------------------------
 
-    def _set_out(self, attempt: _Attempt, block: bool) -> None:
+    def _set_out(self, attempt: Attempt, block: bool) -> None:
         """Send a request to a replica that takes it.
 
         Raises:
@@ -375,22 +230,22 @@ class ReplicatedTransport(InferenceTransport):
                 raise refusal or ServerClosedError("this transport has no replica")
             try:
                 replica.transport.send(attempt.inner, attempt.loop, block=block)
-            except _GONE as error:
-                self._settled(attempt)
+            except GONE as error:
+                self.settled(attempt)
                 self._left(replica)
                 refusal = error
             except BaseException:
-                self._settled(attempt)
+                self.settled(attempt)
                 attempt.end()
                 raise
             else:
                 # It may have been given up while it was being sent.
-                if attempt.given_up is not None and self._settled(attempt):
+                if attempt.given_up is not None and self.settled(attempt):
                     replica.transport.give_up(attempt.inner, attempt.given_up)
                     attempt.end()
                 return
 
-    def _take(self, attempt: _Attempt) -> _Replica | None:
+    def _take(self, attempt: Attempt) -> Replica | None:
         """Choose a replica that has not failed this request, and count it as sent there."""
         request: Request = attempt.inner
         with self._lock:
@@ -418,7 +273,7 @@ class ReplicatedTransport(InferenceTransport):
         )
         return replica
 
-    def _source(self, replica: _Replica, of: Source, in_thread: bool) -> Source:
+    def _source(self, replica: Replica, of: Source, in_thread: bool) -> Source:
         """A client as this replica knows it."""
         with self._lock:
             source = replica.sources.get(of)
@@ -429,7 +284,7 @@ class ReplicatedTransport(InferenceTransport):
         replica.transport.join(source)
         return source
 
-    def _choose(self, rows: int, tried: list[_Replica]) -> _Replica | None:
+    def _choose(self, rows: int, tried: list[Replica]) -> Replica | None:
         if self._absent:
             now = self._clock()
             for replica in [r for r in self._absent if r.back_at <= now]:
@@ -442,7 +297,7 @@ class ReplicatedTransport(InferenceTransport):
         left = [replica for replica in self._replicas.values() if replica not in tried]
         return min(left, key=lambda replica: replica.back_at, default=None)
 
-    def _settled(self, attempt: _Attempt, *, well: bool = False) -> bool:
+    def settled(self, attempt: Attempt, *, well: bool = False) -> bool:
         """The replica no longer has this request; return whether that is news."""
         with self._lock:
             if attempt.over:
@@ -463,7 +318,7 @@ class ReplicatedTransport(InferenceTransport):
             replica.leave_all()
         return True
 
-    def _left(self, replica: _Replica) -> None:
+    def _left(self, replica: Replica) -> None:
         """A replica is not there: leave it alone for a while."""
         with self._lock:
             if replica.removed or replica in self._absent:
@@ -473,13 +328,13 @@ class ReplicatedTransport(InferenceTransport):
             self._balancer.pause(replica)
             self._absent.append(replica)
 
-    def _return(self, replica: _Replica) -> None:
+    def _return(self, replica: Replica) -> None:
         """A replica may be there again; the lock is held."""
         if replica in self._absent:
             self._absent.remove(replica)
             self._balancer.resume(replica)
 
-    def _again(self, attempt: _Attempt, error: InferenceError) -> BaseException | None:
+    def again(self, attempt: Attempt, error: InferenceError) -> BaseException | None:
         """Send a request to another replica than the one that went; its error if that cannot be."""
         self._left(attempt.replica)
         late = attempt.deadline is not None and self._clock() >= attempt.deadline
@@ -491,12 +346,12 @@ class ReplicatedTransport(InferenceTransport):
         try:
             self._set_out(attempt, True)
         except InferenceError as refusal:
-            return error if isinstance(refusal, _GONE) else refusal
+            return error if isinstance(refusal, GONE) else refusal
         except Exception as refusal:
             return refusal
         return None
 
-    def _others(self, attempt: _Attempt) -> bool:
+    def _others(self, attempt: Attempt) -> bool:
         with self._lock:
             return any(replica not in attempt.tried for replica in self._replicas.values())
 
