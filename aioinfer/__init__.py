@@ -10,11 +10,13 @@ from aioinfer.errors import (
     ServerDiedError,
     WeightSyncError,
 )
+from aioinfer.monarch_server import MonarchInferenceServer
 from aioinfer.process import ProcessInferenceServer
 from aioinfer.server import InferenceServer
 from aioinfer.stats import ServerStats
 from aioinfer.transports.asyncio import AsyncioTransport
 from aioinfer.transports.base import InferenceTransport
+from aioinfer.transports.monarch import MonarchTransport
 from aioinfer.transports.mp import MPTransport
 from aioinfer.transports.ray import RayTransport
 from aioinfer.transports.threading import ThreadingTransport
@@ -41,6 +43,8 @@ __all__ = [
     "MPTransport",
     "Manifest",
     "ModelError",
+    "MonarchInferenceServer",
+    "MonarchTransport",
     "ProcessInferenceServer",
     "QueueFullError",
     "RayTransport",

@@ -66,16 +66,17 @@ def room_for(max_batch_size: int, fixed_s: float, per_row_s: float) -> int:
 
 
 class _Load:
-    __slots__ = ("others", "own", "room")
+    __slots__ = ("others", "own", "paused", "room")
 
     def __init__(self, room: int) -> None:
         self.room = room
         self.own = 0
         self.others = 0.0
+        self.paused = False
 
     @property
     def rows(self) -> float:
-        return self.own + self.others
+        return 0.0 if self.paused else self.own + self.others
 
 
 class Balancer(Generic[R]):
@@ -126,6 +127,19 @@ class Balancer(Generic[R]):
         """Send nothing more to this one; harmless if it is not known."""
         self._loads.pop(replica, None)
 
+    def pause(self, replica: R) -> None:
+        """Send nothing to this one for a while; it keeps its place. Harmless if not known."""
+        load = self._loads.get(replica)
+        if load is not None:
+            load.paused = True
+            load.others = 0.0
+
+    def resume(self, replica: R) -> None:
+        """Send to this one again. Harmless if not known."""
+        load = self._loads.get(replica)
+        if load is not None:
+            load.paused = False
+
     def sent(self, replica: R, rows: int) -> None:
         """These rows are on their way."""
         load = self._loads.get(replica)
@@ -166,20 +180,22 @@ class Balancer(Generic[R]):
             rows: how many rows it has.
 
         Raises:
-            LookupError: there is no replica.
+            LookupError: there is no replica, or all of them are paused.
         """
-        if not self._loads:
-            raise LookupError("there is no replica")
         crowd = max(
             sum([load.rows for load in self._loads.values()]) + rows,
             self._crowd - rows * _RECEDING,
         )
         opened: dict[R, _Load] = {}
         for replica, load in self._loads.items():
+            if load.paused:
+                continue
             opened[replica] = load
             crowd -= load.room
             if crowd <= 0:
                 break
+        if not opened:
+            raise LookupError("there is no replica to send to")
         best = min(opened, key=lambda replica: opened[replica].rows)
         stay = self._last_place()
         if stay is None or stay not in opened:

@@ -54,6 +54,7 @@ from bisect import bisect_left
 from collections.abc import Hashable, Iterator, Sequence
 from typing import NamedTuple
 
+from aioinfer.balancing import room_for
 from aioinfer.patience import COLD_TIMEOUT_S, Patience
 from aioinfer.queueing import AGEING_S as AGEING_S
 from aioinfer.queueing import Queue
@@ -265,6 +266,12 @@ class Batcher:
     def has_room(self, rows: int) -> bool:
         """Whether ``rows`` more rows may wait (rule 9)."""
         return self.rows + rows <= self.max_queue_size or not self.rows
+
+    @property
+    def room(self) -> int:
+        """Rows of the latest kind worth having before another server is used too; 0: unknown."""
+        cost = self._patience.learnt(self._kind)
+        return 0 if cost is None else room_for(self.max_batch_size, cost.fixed, cost.per_row)
 
     def waiting(self) -> Iterator[Request]:
         """Iterate over the waiting requests, in no particular order."""

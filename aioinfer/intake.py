@@ -64,6 +64,10 @@ class Intake:
         self.notices: deque[tuple[Notice, Source | Request]] = deque()
         self.closed: Callable[[], InferenceError] | None = None
         """Makes the error of what is not accepted any more; ``None`` while open."""
+        self.load = 0
+        """Rows under way when the latest batch was answered, those of this batch included."""
+        self.room = 0
+        """Rows worth filling this server with before another one; 0 while that is not known."""
         self.refused = refused
         self._now = clock.__call__
         self._wake = wake

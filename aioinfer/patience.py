@@ -195,6 +195,11 @@ class Patience:
         cost = self._costs.get(kind)
         return 0.0 if cost is None or now - self._ended_at > 1.0 else cost.of(size)
 
+    def learnt(self, kind: Hashable) -> ForwardCost | None:
+        """What is known of the cost of forwards of this kind, once 16 were seen."""
+        cost = self._costs.get(kind)
+        return None if cost is None or cost.learnt < 16 else cost
+
     def least_cost(self, kind: Hashable, now: float) -> float:
         """Return what a forward costs at least, to refuse by; 0 until three were seen.
 

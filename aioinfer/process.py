@@ -189,7 +189,7 @@ class ProcessInferenceServer:
             raise TimeoutError(f"the server's process did not answer within {within} s")
         worked, answer = found
         if not worked:
-            raise _rebuilt(answer)
+            raise rebuilt(answer)
         return answer
 
     def _answer_to(
@@ -258,7 +258,7 @@ class ProcessInferenceServer:
                 worked, answer = found
                 answered = True
                 if not worked:
-                    raise _rebuilt(answer)
+                    raise rebuilt(answer)
             except BaseException as error:
                 died = isinstance(error, EOFError | OSError)
                 failure = self._died() if died else error
@@ -386,7 +386,7 @@ def _serve(
         gc.collect()
         gc.freeze()  # modules and policy stay; looking through them would hold up a batch
     except BaseException as error:
-        _send(control, (_READY, False, _described(error)))
+        _send(control, (_READY, False, described(error)))
         return
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         try:
@@ -407,7 +407,7 @@ async def _run(server: InferenceServer, control: Connection, parent: int) -> Non
     try:
         await server.__aenter__()
     except Exception as error:
-        _send(control, (_READY, False, _described(error)))
+        _send(control, (_READY, False, described(error)))
         return
     try:
         _send(control, (_READY, True, None))
@@ -467,7 +467,7 @@ async def _answer(server: InferenceServer, control: Connection) -> None:
         try:
             answer = await _QUESTIONS[what](server, *args)
         except Exception as error:
-            _send(control, (question, False, _described(error)))
+            _send(control, (question, False, described(error)))
         else:
             _send(control, (question, True, answer))
 
@@ -498,7 +498,7 @@ _QUESTIONS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _described(error: BaseException) -> tuple[BaseException, str]:
+def described(error: BaseException) -> tuple[BaseException, str]:
     """An exception that pickles, and its traceback as text."""
     text = "".join(traceback.format_exception(error))
     try:
@@ -508,7 +508,8 @@ def _described(error: BaseException) -> tuple[BaseException, str]:
     return error, text
 
 
-def _rebuilt(described: tuple[BaseException, str]) -> BaseException:
+def rebuilt(described: tuple[BaseException, str]) -> BaseException:
+    """The exception again, with the text as its ``__cause__``."""
     error, text = described
     error.__cause__ = RemoteTraceback(text)
     return error

@@ -249,6 +249,7 @@ class Serving:
                 self._count_failures(batch)
                 self._fatal = batch.fatal or self._fatal
             self._batcher.forward_ended(batch.requests, batch.answered_at, batch.began_at)
+            self._intake.room = self._batcher.room
 
     def _take_notices(self) -> None:
         notices = self._intake.notices
@@ -349,6 +350,7 @@ class Serving:
                 return
             deliveries = _by_port(batch)
             self._finished.append((batch, [d for d in deliveries if d[0].on_loop]))
+        self._intake.load = batch.rows + self.queue_depth
         # Counted before anybody is answered, who might then look.
         times = BatchTimes(
             [request.submitted_at for request in batch.requests],

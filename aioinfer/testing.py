@@ -156,11 +156,14 @@ class _ManualTimer:
 
     def __init__(self, loop: asyncio.AbstractEventLoop, callback: Callable[[], object]) -> None:
         self._loop = loop
-        self._callback = callback
-        self.cancelled = False
+        self._callback: Callable[[], object] | None = callback
+
+    @property
+    def cancelled(self) -> bool:
+        return self._callback is None
 
     def cancel(self) -> None:
-        self.cancelled = True
+        self._callback = None  # and keep nothing that it refers to
 
     def fire(self) -> None:
         if _running_loop() is self._loop:
@@ -176,8 +179,9 @@ class _ManualTimer:
                 raise
 
     def _run(self) -> None:
-        if not self.cancelled:
-            self._callback()
+        callback = self._callback
+        if callback is not None:
+            callback()
 
 
 class RecordingModel:

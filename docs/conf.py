@@ -40,7 +40,7 @@ napoleon_use_ivar = True
 nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(_asyncio|abc|asyncio|collections|concurrent|enum|multiprocessing)\..+"),
-    (r"py:.*", r"(random|threading|typing|types)\..+"),
+    (r"py:.*", r"(random|ssl|threading|typing|types)\..+"),
     (r"py:.*", r"(tensordict|torch|torchrl|gymnasium)\..+"),
     (r"py:.*", r"(Any|Callable|Mapping|NestedKey|Self|Sequence|T|TracebackType)"),
     (r"py:.*", r"(InteractionType|TensorDict|TensorDictBase|nn\.Module)"),

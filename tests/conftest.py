@@ -11,10 +11,13 @@ import threading
 import time
 import traceback
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from pathlib import Path
 
 import blockbuster.blockbuster
 import pytest
 import torch
+
+import aioinfer
 
 try:
     import uvloop
@@ -47,6 +50,22 @@ def _warmed_up() -> None:
         loop.close()
     gc.collect()
     gc.freeze()  # so that the collection after each test looks at the test's objects only
+
+
+# -- clusters ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def monarch() -> Iterator[None]:
+    """Monarch, with all that it leaves open once it has started; it starts once per process."""
+    actor = pytest.importorskip("monarch.actor")
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))  # for the actors' processes
+    transport = aioinfer.MonarchTransport()
+    office = transport._office()
+    asyncio.run(office.call(office.post, "ping", b""))
+    yield
+    actor.shutdown_context().get(timeout=10)
 
 
 # -- no blocking call on an event loop --------------------------------------

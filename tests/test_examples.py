@@ -10,6 +10,7 @@ import runpy
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ EXAMPLES = ROOT / "examples"
 DEMO = EXAMPLES / "cartpole.py"
 PROCESSES = EXAMPLES / "process_actors.py"
 RAY = EXAMPLES / "ray_actors.py"
+MONARCH = EXAMPLES / "monarch_actors.py"
 SHORTEST = ["shortest_asyncio.py", "shortest_threads.py"]
 
 REQUIRED_PAGES = ["README.md", "docs/quickstart.md"]
@@ -133,7 +135,7 @@ def stopped(result: subprocess.CompletedProcess[str]) -> None:
 
 def test_every_example_is_run_here() -> None:
     """No example goes without a test in this file."""
-    run_here = [DEMO.name, PROCESSES.name, RAY.name, *SHORTEST]
+    run_here = [DEMO.name, MONARCH.name, PROCESSES.name, RAY.name, *SHORTEST]
     assert sorted(path.name for path in EXAMPLES.glob("*.py")) == sorted(run_here)
 
 
@@ -223,6 +225,18 @@ def test_ctrl_c_ends_actors_in_processes_cleanly() -> None:
     """Ctrl-C ends the program, its actors and its server with one word and no traceback."""
     options = ["--processes", "2", "--envs", "1", "--steps", "1000000"]
     stopped(interrupted(PROCESSES, *options, after=r" [1-9][0-9.]*k/"))
+
+
+@pytest.mark.skipif(find_spec("monarch") is None, reason="there is no Monarch for every platform")
+def test_the_monarch_actors_see_new_weights() -> None:
+    """The table has a line per actor with its steps, and versions that went up while it ran."""
+    options = ["--actors", "2", "--environments", "2", "--steps", "150", "--replicas", "2"]
+    out = succeeded(run(MONARCH, *options, "--update-every", "0.01"))
+    lines = [line.split() for line in out.splitlines()[1:3]]
+    assert [line[1] for line in lines] == ["300", "300"]
+    assert all(int(line[-1]) > 0 for line in lines)
+    assert "600 steps in" in out
+    assert "replica 0: " in out
 
 
 # -- the pages ----------------------------------------------------------------

@@ -20,6 +20,7 @@ PROMISED = {
     "InferenceTransport",
     "InvalidRequestError",
     "ModelError",
+    "MonarchTransport",
     "QueueFullError",
     "RayTransport",
     "ServerClosedError",

@@ -74,6 +74,10 @@ class Channel(abc.ABC):
     def __init__(self, inline_nbytes: int | None) -> None:
         self.gone: InferenceError | None = None
         """Why this connection has ended."""
+        self.load: int | None = None
+        """Rows, of whomever, that the server had under way when it last answered."""
+        self.room: int | None = None
+        """Rows that it is worth filling with, as far as it knows."""
         self._inline_nbytes = math.inf if inline_nbytes is None else inline_nbytes
         self._closing: Exception | None = None
         self._reader = FrameReader()
@@ -230,6 +234,7 @@ class Channel(abc.ABC):
     def _handle(self, kind: Kind, body: bytearray) -> None:
         if kind is Kind.REPLY:
             head = wire.decode_reply(body)
+            self.load, self.room = head.load, head.room or None
             asked = self._asked.pop(head.request_id, None)
             if asked is not None:
                 self._settle(asked, self._read(head, asked, body))

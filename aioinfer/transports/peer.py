@@ -254,10 +254,24 @@ class Peer(abc.ABC):
         layout_id, news = self._layouts.id_of(packed.layout)
         if news is not None:
             self.last_layout = None, 0  # an id may have another meaning now
+        room, load = self.standing
         reply = wire.encode_reply(
-            request_id, layout_id, packed, request.rows, request.batched, in_slot=in_slot
+            request_id,
+            layout_id,
+            packed,
+            request.rows,
+            request.batched,
+            in_slot=in_slot,
+            room=room,
+            load=load,
         )
         return reply if news is None else news + reply
+
+    @property
+    def standing(self) -> tuple[int, int]:
+        """The rows that the server has room for and those that it has under way, for replies."""
+        intake = getattr(self, "_intake", None)  # it goes with a loop that is closed
+        return (0, 0) if intake is None else (intake.room, intake.load)
 
     def layout_id(self, layout: Layout) -> int:
         """The id of a layout of replies; the client hears of it before what is sent next."""
@@ -343,7 +357,9 @@ def _send_bare(requests: Sequence[Request], packed: PackedColumns) -> None:
         peer.last_layout[1] if peer.last_layout[0] is layout else peer.layout_id(layout)
         for peer, _, _ in handles
     ]
-    frames = packed.replies([request_id for _, request_id, _ in handles], layout_ids)
+    room, load = handles[0][0].standing
+    numbers = [request_id for _, request_id, _ in handles]
+    frames = packed.replies(numbers, layout_ids, room=room, load=load)
     if len({peer for peer, _, _ in handles}) == len(handles):
         for (peer, request_id, _), frame in zip(handles, frames, strict=True):
             if peer.take(request_id):

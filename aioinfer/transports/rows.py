@@ -106,10 +106,17 @@ class PackedColumns:
         except Exception:  # whoever packs them one by one learns whose fault it is
             return None
 
-    def replies(self, request_ids: Sequence[int], layout_ids: Sequence[int]) -> list[memoryview]:
+    def replies(
+        self,
+        request_ids: Sequence[int],
+        layout_ids: Sequence[int],
+        *,
+        room: int = 0,
+        load: int = 0,
+    ) -> list[memoryview]:
         """The REPLY frames to bare rows, all of them in one table."""
         count, nbytes = len(request_ids), self.layout.row_nbytes
-        head = encode_reply_head(0, layout_ids[0], nbytes)
+        head = encode_reply_head(0, layout_ids[0], nbytes, room=room, load=load)
         size = len(head) + nbytes
         table = bytearray((head + bytes(nbytes)) * count)
         _column(table, "<u8", (count,), REPLY_ID_AT, (size,))[...] = request_ids

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 Buffer = bytes | bytearray | memoryview
 
-PROTOCOL = 1
+PROTOCOL = 2
 MAX_BODY = 1 << 30
 MAX_TEXT = 1 << 16  # characters of each text of an error
 
@@ -336,13 +336,17 @@ class ReplyHead(NamedTuple):
     rows: int
     batched: bool
     in_slot: bool
+    room: int = 0
+    """Rows that the server is worth filling with (:mod:`aioinfer.balancing`); 0: not known."""
+    load: int = 0
+    """Rows that it had under way just before, those of this batch included."""
 
 
 # source, layout id, rows, priority, timeout, mode, flags, slot
 _LOOKS = struct.Struct("<IIIidBB2xIQQ")
 _LOOKS_FRAME = struct.Struct("<IIIIIidBB2xIQQ")
 _NUMBER = struct.Struct("<Qd")  # id, submitted at
-_REPLY_FIELDS = "QIIB7x"  # id, layout id, rows, flags
+_REPLY_FIELDS = "QIIBxHI"  # id, layout id, rows, flags, room, load
 _REPLY = struct.Struct("<" + _REPLY_FIELDS)
 _REPLY_FRAME = struct.Struct("<II" + _REPLY_FIELDS)
 LOOKS_NBYTES = _LOOKS.size
@@ -469,6 +473,8 @@ def encode_reply_head(
     batched: bool = False,
     *,
     in_slot: bool = False,
+    room: int = 0,
+    load: int = 0,
 ) -> bytes:
     """A REPLY with a payload of ``nbytes``, which follows unless it lies in the slot."""
     return _REPLY_FRAME.pack(
@@ -478,6 +484,8 @@ def encode_reply_head(
         layout_id,
         rows if batched else 0,
         in_slot,
+        min(room, 0xFFFF),
+        min(load, 0xFFFFFFFF),
     )
 
 
@@ -489,9 +497,13 @@ def encode_reply(
     batched: bool = False,
     *,
     in_slot: bool = False,
+    room: int = 0,
+    load: int = 0,
 ) -> bytes:
     """A REPLY; with ``in_slot`` the payload was written there and is left out here."""
-    head = encode_reply_head(request_id, layout_id, payload.nbytes, rows, batched, in_slot=in_slot)
+    head = encode_reply_head(
+        request_id, layout_id, payload.nbytes, rows, batched, in_slot=in_slot, room=room, load=load
+    )
     return head if in_slot else b"".join((head, *payload.buffers))
 
 
@@ -499,7 +511,7 @@ def decode_reply_frame(buffer: Buffer, count: int) -> tuple[int, int] | None:
     """Request id and layout id, if the first ``count`` bytes are the reply to one bare row."""
     if count < REPLY_FRAME_NBYTES:
         return None
-    length, kind, request_id, layout_id, rows, flags = _REPLY_FRAME.unpack_from(buffer)
+    length, kind, request_id, layout_id, rows, flags, _, _ = _REPLY_FRAME.unpack_from(buffer)
     if kind != Kind.REPLY or length + 8 != count or rows or flags:
         return None
     return request_id, layout_id
@@ -509,10 +521,10 @@ def decode_reply(body: Buffer) -> ReplyHead:
     """All of a REPLY but its payload."""
     if len(body) < REPLY_NBYTES:
         raise WireError(f"REPLY has {len(body)} bytes, it must have {REPLY_NBYTES} or more")
-    request_id, layout_id, rows, flags = _REPLY.unpack_from(body)
+    request_id, layout_id, rows, flags, room, load = _REPLY.unpack_from(body)
     if flags > 1 or (flags and len(body) != REPLY_NBYTES):
         raise WireError(f"REPLY with flags {flags:#x} and {len(body)} bytes")
-    return ReplyHead(request_id, layout_id, rows or 1, rows != 0, flags != 0)
+    return ReplyHead(request_id, layout_id, rows or 1, rows != 0, flags != 0, room, load)
 
 
 # -- errors -------------------------------------------------------------------

@@ -41,11 +41,11 @@ class SocketLink(Link):
 
     async def told(self) -> None:
         if self.transport._background is not None:  # what threads submit goes through it
-            await _turn_of(self.transport._background.loop)
+            await turn_of(self.transport._background.loop)
         await until(self._everything_is_read, "everything to be read")
         intake = self.transport._intake
         if intake is not None:
-            await _turn_of(intake.loop)
+            await turn_of(intake.loop)
 
     async def accepted(self) -> None:
         await self.told()
@@ -69,7 +69,7 @@ def _unread(connection: Any) -> int:
     return count[0]
 
 
-async def _turn_of(loop: asyncio.AbstractEventLoop) -> None:
+async def turn_of(loop: asyncio.AbstractEventLoop) -> None:
     if loop is asyncio.get_running_loop():
         await settle()
     else:

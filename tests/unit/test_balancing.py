@@ -155,6 +155,24 @@ def test_a_replica_that_was_removed():
         loaded.choose()
 
 
+def test_a_replica_that_is_paused():
+    """It is not chosen and not counted until it is resumed, and keeps its place before others."""
+    loaded = balancer("a", "b")
+    assert send(loaded, 1, 1) == ["a", "a"]
+    loaded.pause("a")
+    assert send(loaded, 1, 1, 1) == ["b"] * 3
+    loaded.answered("a", 1)
+    loaded.resume("a")
+    assert loaded.under_way("a") == 1
+    for _ in range(3):
+        loaded.answered("b", 1)
+    assert send(loaded, 1) == ["a"]
+    loaded.pause("a")
+    loaded.pause("b")
+    with pytest.raises(LookupError):
+        loaded.choose()
+
+
 def test_a_replica_that_is_added_while_others_are_full():
     """A new one is used at once where there is more than the others have room for."""
     loaded = balancer("a")

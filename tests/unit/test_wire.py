@@ -523,8 +523,10 @@ class TestMessages:
     def test_replies(self, in_slot: bool) -> None:
         """Every field of a reply arrives; a payload in a slot is not sent twice."""
         packed = payload.pack(TensorDict({"x": torch.ones(4, 3)}, [4]))
-        body = body_of(wire.encode_reply(9, 8, packed, 4, True, in_slot=in_slot), Kind.REPLY)
-        assert wire.decode_reply(body) == wire.ReplyHead(9, 8, 4, True, in_slot)
+        body = body_of(
+            wire.encode_reply(9, 8, packed, 4, True, in_slot=in_slot, room=3, load=2), Kind.REPLY
+        )
+        assert wire.decode_reply(body) == wire.ReplyHead(9, 8, 4, True, in_slot, 3, 2)
         assert len(body) == wire.REPLY_NBYTES + (0 if in_slot else 48)
         body[16] = 2
         with pytest.raises(WireError, match="flags"):

@@ -1,0 +1,178 @@
+"""One request on its way to one of several replicas, and the replicas themselves.
+
+Which replica it goes to, and whether it is sent on if that one goes away, is decided in
+:mod:`aioinfer.transports.replicated`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from collections.abc import Hashable
+from concurrent.futures import InvalidStateError
+from typing import Any, Protocol
+
+from aioinfer.clock import Clock
+from aioinfer.errors import InferenceError, ServerClosedError, ServerDiedError
+from aioinfer.request import GivenUp, Request, Source
+from aioinfer.transports.base import InferenceTransport
+
+GONE = (ServerClosedError, ServerDiedError)
+"""What a replica that is not there comes to."""
+
+
+class Replicas(Protocol):
+    """What an attempt needs of the transport that made it."""
+
+    @property
+    def clock(self) -> Clock:
+        """The clock on which requests are stamped."""
+
+    def settled(self, attempt: Attempt, *, well: bool = False) -> bool:
+        """The replica no longer has this request; return whether that is news."""
+
+    def again(self, attempt: Attempt, error: InferenceError) -> BaseException | None:
+        """Send a request to another replica than the one that went; its error if that cannot be."""
+
+
+class Replica:
+    """One server: its link, who of ours it knows, and whether it is there."""
+
+    def __init__(self, name: Hashable, transport: InferenceTransport, room: int | None) -> None:
+        self.name = name
+        self.transport = transport
+        self.room = room
+        self.sources: weakref.WeakKeyDictionary[Source, Source] = weakref.WeakKeyDictionary()
+        self.rows = 0
+        """Rows sent to it and not answered."""
+        self.removed = False
+        self.back_at = 0.0
+        """Until when it is left alone."""
+        self.pause_s = 0.0
+        """How long it was left alone since it last answered."""
+
+    def leave(self, source: Source) -> None:
+        """One of our clients is gone."""
+        known = self.sources.pop(source, None)
+        if known is not None:
+            known.closed = True
+            self.transport.leave(known)
+
+    def leave_all(self) -> None:
+        """All of them are, as far as this replica is concerned."""
+        for source in list(self.sources):
+            self.leave(source)
+
+
+class Attempt:
+    """One request on its way to one replica, and the handle that this replica answers."""
+
+    __slots__ = ("data", "deadline", "given_up", "handle", "inner", "loop", "over",
+                 "replica", "retries", "source", "transport", "tried")  # fmt: skip
+
+    def __init__(
+        self,
+        transport: Replicas,
+        request: Request,
+        loop: asyncio.AbstractEventLoop | None,
+    ) -> None:
+        self.transport = transport
+        self.handle = request.handle
+        self.data = request.data
+        self.source = request.source
+        self.deadline = request.deadline
+        self.loop = loop
+        self.inner: Any = request
+        """The request as its replica has it; before that, the one it is made after."""
+        self.replica: Replica
+        self.tried: list[Replica] = []
+        self.retries = 0
+        self.over = True
+        """Whether no replica has it; set once per replica, under the transport's lock."""
+        self.given_up: GivenUp | None = None
+
+    def end(self) -> None:
+        """Keep nothing that was asked, and no cycle of references."""
+        self.inner = self.data = None
+
+    # -- as a handle --------------------------------------------------------
+
+    def done(self) -> bool:
+        """Whether nobody waits for it any more."""
+        return self.given_up is not None or bool(self.handle.done())
+
+    def set_result(self, result: Any) -> None:
+        """The replica has answered."""
+        if self.transport.settled(self, well=True):
+            self.end()
+            _answer(self.handle, result, None)
+
+    def set_exception(self, error: BaseException) -> None:
+        """The replica has failed it, or has gone."""
+        if not self.transport.settled(self):
+            return
+        if isinstance(error, GONE):
+            failure = self.transport.again(self, error)
+            if failure is None:
+                return
+            error = failure
+        self.end()
+        _answer(self.handle, None, error)
+
+
+def _answer(handle: Any, result: Any, error: BaseException | None) -> None:
+    if handle.done():
+        return
+    try:
+        if error is None:
+            handle.set_result(result)
+        else:
+            handle.set_exception(error)
+    except InvalidStateError:  # given up in this moment, on another thread
+        pass
+
+
+class ReplicatedWaiter:
+    """What a thread waits on: what its replica's link made for the purpose, one after the other."""
+
+    __slots__ = ("_error", "_result", "attempt")
+
+    def __init__(self) -> None:
+        self.attempt: Attempt | None = None
+        self._result: Any = None
+        self._error: BaseException | None = None
+
+    def wait(self, timeout: float | None) -> bool:
+        """Block until answered or ``timeout`` seconds have passed; return whether answered."""
+        attempt = self.attempt
+        assert attempt is not None
+        transport = attempt.transport
+        give_up_at = None if timeout is None else transport.clock() + timeout
+        while True:
+            left = None if give_up_at is None else max(0.0, give_up_at - transport.clock())
+            waiter = attempt.inner.handle
+            error: BaseException | None = None
+            try:
+                if not waiter.wait(left):
+                    return False
+                self._result = waiter.result()
+            except Exception as failure:
+                error = failure
+            transport.settled(attempt, well=error is None)
+            if isinstance(error, GONE):
+                error = transport.again(attempt, error)
+                if error is None:
+                    continue
+            attempt.end()
+            self._error = error
+            return True
+
+    def result(self) -> Any:
+        """Return the answer, or raise it; once."""
+        error, self._error = self._error, None
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error  # its traceback refers to this frame
+        return self._result
