@@ -21,6 +21,7 @@ DEMO = EXAMPLES / "cartpole.py"
 PROCESSES = EXAMPLES / "process_actors.py"
 RAY = EXAMPLES / "ray_actors.py"
 MONARCH = EXAMPLES / "monarch_actors.py"
+TRAINING = EXAMPLES / "train_cartpole.py"
 SHORTEST = ["shortest_asyncio.py", "shortest_threads.py"]
 
 REQUIRED_PAGES = ["README.md", "docs/quickstart.md"]
@@ -135,8 +136,8 @@ def stopped(result: subprocess.CompletedProcess[str]) -> None:
 
 def test_every_example_is_run_here() -> None:
     """No example goes without a test in this file."""
-    run_here = [DEMO.name, MONARCH.name, PROCESSES.name, RAY.name, *SHORTEST]
-    assert sorted(path.name for path in EXAMPLES.glob("*.py")) == sorted(run_here)
+    run_here = [DEMO, MONARCH, PROCESSES, RAY, TRAINING, *(EXAMPLES / name for name in SHORTEST)]
+    assert sorted(EXAMPLES.glob("*.py")) == sorted(run_here)
 
 
 @pytest.mark.parametrize("name", SHORTEST)
@@ -237,6 +238,26 @@ def test_the_monarch_actors_see_new_weights() -> None:
     assert all(int(line[-1]) > 0 for line in lines)
     assert "600 steps in" in out
     assert "replica 0: " in out
+
+
+@unix_only
+@pytest.mark.parametrize("mode", [[], ["--processes", "2"]], ids=["asyncio", "processes"])
+def test_training_serves_every_update(mode: list[str], tmp_path: Path) -> None:
+    """Each update is served under a version of its own, learns from fresh steps, and is plotted."""
+    picture = tmp_path / "new" / "plot.png"
+    out = succeeded(run(TRAINING, "--updates", "3", "--plot", picture, *mode))
+    assert column(out, "end", 1) == column(out, "policy version") == 3
+    assert column(out, "end", 2) >= 3 * 32 * 32
+    limit = runpy.run_path(str(TRAINING))["MAX_STALENESS"]
+    assert 0 <= column(out, "mean staleness") <= column(out, "largest staleness") <= limit
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@unix_only
+@pytest.mark.parametrize("mode", [[], ["--processes", "2"]], ids=["asyncio", "processes"])
+def test_ctrl_c_ends_training_cleanly(mode: list[str]) -> None:
+    """Ctrl-C ends the learner, its actors and the server with one word and no traceback."""
+    stopped(interrupted(TRAINING, "--updates", "100000", *mode, after="version 2"))
 
 
 # -- the pages ----------------------------------------------------------------
