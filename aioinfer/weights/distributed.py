@@ -188,12 +188,15 @@ class _DistributedSender(Hub):
         name = str(self._groups)
         about = self._ticket.epoch, self._ticket.manifest, self._bucket_nbytes
         peer.doorbell.send((*about, self._store.port, name))
-        threads.start(functools.partial(self._send_to, peer, name), self.close)
+        threads.start(functools.partial(self._send_to, peer, name, self._store), self.close)
 
-    def _send_to(self, peer: Peer, name: str) -> None:
-        """Send a receiver the newest weights, again and again; on a thread of its own."""
+    def _send_to(self, peer: Peer, name: str, store: Any) -> None:
+        """Send a receiver the newest weights, again and again; on a thread of its own.
+
+        The store must be there until both ends have met, whoever closes meanwhile.
+        """
         try:
-            group = _group(self._host, self._store.port, name, _SENDER)
+            group = _group(self._host, store.port, name, _SENDER)
             while True:
                 with self.state:
                     self.state.wait_for(lambda: self._is_wanted(peer))
@@ -340,6 +343,8 @@ def _contiguous(target: torch.Tensor | None) -> torch.Tensor | None:
 
 def _group(host: str, port: int, name: str, rank: int) -> Any:
     """Meet the other end in a group of two."""
+    with socket.create_connection((host, port), _CONNECT_S):
+        pass  # a store that is gone is noticed at once here, and only after a while there
     store = dist.TCPStore(host, port, is_master=False, timeout=_STORE_TIMEOUT)
     store.set_timeout(_GROUP_TIMEOUT)
     return dist.ProcessGroupGloo(dist.PrefixStore(name, store), rank, 2, _GROUP_TIMEOUT)
