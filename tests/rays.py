@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import pytest
+from helpers import wait_until
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
@@ -27,3 +33,24 @@ def start_ray() -> Any:
             },
         )
     return ray
+
+
+@pytest.fixture
+def nothing_left() -> Iterator[None]:
+    """Fail a test after which a thread of the library is left.
+
+    In place of the one that looks at descriptors too: Ray opens and closes connections of its
+    own when it likes.
+    """
+    threads = set(threading.enumerate())
+    yield
+
+    def left() -> list[str]:
+        gc.collect()
+        return [
+            thread.name
+            for thread in threading.enumerate()
+            if thread not in threads and thread.name.startswith("aioinfer-")
+        ]
+
+    wait_until(lambda: not left(), "the end of the threads")

@@ -391,21 +391,20 @@ def test_somebody_else_has_taken_the_port():
                 stranger.sync_client()(row(1))
 
 
-def test_direct_where_possible_and_calls_where_not():
+@pytest.mark.parametrize("reachable", [True, False])
+def test_direct_where_possible_and_calls_where_not(reachable: bool):
     """``auto`` connects, and calls a server that it cannot connect to."""
-    for reachable in (True, False):
-        transport = LocalTransport("auto")
-        with InferenceServer(doubling(), transport):
-            if not reachable:
-                found = remote._servers[transport._secret]
-                with socket.socket() as unused:
-                    unused.bind(("127.0.0.1", 0))
-                    remote._servers[transport._secret] = found._replace(
-                        address=unused.getsockname()
-                    )
-                    assert action(transport.sync_client()(row(1))) == 2
-            assert action(transport.sync_client()(row(2))) == 4
-            assert bool(transport._hub._peers) is not reachable
+    transport = LocalTransport("auto")
+    with InferenceServer(doubling(), transport), socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        if not reachable:
+            found = remote._servers[transport._secret]
+            remote._servers[transport._secret] = found._replace(address=unused.getsockname())
+        client = transport.sync_client()
+        for value in range(3):
+            assert action(client(row(value))) == 2 * value
+        assert transport._hub is not None
+        assert bool(transport._hub._peers) is not reachable
 
 
 def test_a_request_that_is_too_large(monkeypatch: pytest.MonkeyPatch):

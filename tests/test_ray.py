@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import ray
 from helpers import action, doubling, row, rows, wait_until
+from rays import nothing_left as nothing_left
 from rays import start_ray
 
 from aioinfer import InferenceServer, RayTransport
@@ -104,10 +105,12 @@ class Cast:
         light = ray.remote(num_cpus=0)
         self.asyncs = [light(AsyncActor).remote() for _ in range(2)]
         self.sync = light(SyncActor).remote()
-        self.pids: list[int] = []
 
-    def use(self, transport: RayTransport) -> None:
-        self.pids = ray.get([each.use.remote(transport) for each in [*self.asyncs, self.sync]])
+    def of(self, kind: Any) -> RayTransport:
+        """A new transport, which all of them use from now on."""
+        transport = RayTransport(kind)
+        ray.get([each.use.remote(transport) for each in [*self.asyncs, self.sync]])
+        return transport
 
     def ask_all(self, value: float) -> list[Any]:
         """What all of them get; they ask at once."""
@@ -120,16 +123,14 @@ def cast() -> Cast:
     return Cast()
 
 
-@pytest.fixture
-def nothing_left() -> None:
-    """Ray opens and closes connections of its own when it likes."""
+both_kinds = pytest.mark.parametrize("kind", ["direct", "rpc"])
 
 
-@pytest.fixture(params=["direct", "rpc"])
-def transport(cast: Cast, request: pytest.FixtureRequest) -> RayTransport:
-    made = RayTransport(request.param)
-    cast.use(made)
-    return made
+def connections(transport: RayTransport) -> list[Any]:
+    """Those of the server in this process with its clients."""
+    assert transport._listener is not None or transport._hub is not None
+    found = [] if transport._listener is None else list(transport._listener.peers)
+    return found + ([] if transport._hub is None else list(transport._hub._peers.values()))
 
 
 WELL = [6, 6, [6, 8]]
@@ -143,8 +144,10 @@ def errors_within(outcomes: list[Any], since: float) -> set[str]:
     return {name for name, _ in outcomes}
 
 
-def test_a_server_in_the_driver(cast: Cast, transport: RayTransport):
+@both_kinds
+def test_a_server_in_the_driver(cast: Cast, kind: str):
     """Async and sync actors, tasks and the driver are served, before, during and after a server."""
+    transport = cast.of(kind)
     assert {name for name, _ in ray.get(cast.ask_all(3))} == {"ServerClosedError"}
     for _ in range(2):
         with InferenceServer(doubling(), transport):
@@ -156,18 +159,22 @@ def test_a_server_in_the_driver(cast: Cast, transport: RayTransport):
         assert {name for name, _ in ray.get(cast.ask_all(3))} == {"ServerClosedError"}
 
 
-async def test_a_server_on_the_drivers_loop(cast: Cast, transport: RayTransport):
+@both_kinds
+async def test_a_server_on_the_drivers_loop(cast: Cast, kind: str):
     """The server may be a task of an event loop of the driver, with clients beside it."""
+    transport = cast.of(kind)
     async with InferenceServer(doubling(), transport) as server:
         assert [await each for each in cast.ask_all(3)] == WELL
         assert action(await server.client()(row(5))) == 10
 
 
-def test_a_server_in_an_actor(cast: Cast, transport: RayTransport):
+@both_kinds
+def test_a_server_in_an_actor(cast: Cast, kind: str):
     """A server in an actor serves the same clients; killed, it is missed at once by everybody.
 
     Another one takes its place, wherever it runs.
     """
+    transport = cast.of(kind)
     serving = ray.remote(num_cpus=0, max_restarts=0)(Serving).remote()
     pid = ray.get(serving.serve.remote(transport))
     assert ray.get(cast.ask_all(3)) == WELL
@@ -184,15 +191,17 @@ def test_a_server_in_an_actor(cast: Cast, transport: RayTransport):
         assert ray.get(cast.ask_all(3)) == WELL
 
 
-def test_the_server_is_closed_over_its_clients(cast: Cast, transport: RayTransport):
+@both_kinds
+def test_the_server_is_closed_over_its_clients(cast: Cast, kind: str):
     """Who waits when the server is closed is told at once, as is who asks later."""
+    transport = cast.of(kind)
     model = RecordingModel()
     server = InferenceServer(model, transport, max_batch_size=1)
     with model.held():
         server.start()
         asked = cast.ask_all(3)
         model.wait_until_entered()
-        wait_until(lambda: server.stats().requests == 3, "all of them")
+        wait_until(lambda: server.stats().queue_depth == 3, "the rows of all but one")
         closed_at = time.time()
         asyncio.run(server.aclose(drain=False))
         assert errors_within(ray.get(asked), closed_at) == {"ServerClosedError"}
@@ -200,8 +209,10 @@ def test_the_server_is_closed_over_its_clients(cast: Cast, transport: RayTranspo
         assert errors_within(ray.get(cast.ask_all(3)), asked_at) == {"ServerClosedError"}
 
 
-def test_a_client_is_killed(transport: RayTransport):
+@both_kinds
+def test_a_client_is_killed(cast: Cast, kind: Any):
     """A client actor that is killed while it waits is forgotten, and nobody else notices."""
+    transport = RayTransport(kind)
     model = RecordingModel()
     doomed = ray.remote(num_cpus=0)(SyncActor).remote()
     with InferenceServer(model, transport, max_batch_size=1) as server:
@@ -213,14 +224,16 @@ def test_a_client_is_killed(transport: RayTransport):
             doomed.ask.remote(5)
             wait_until(lambda: server.stats().queue_depth == 2, "its request")
             os.kill(pid, signal.SIGKILL)
-            wait_until(lambda: server.stats().queue_depth == 0, "the news of its death")
+            wait_until(lambda: len(connections(transport)) == 1, "the news of its death")
         assert action(first.result(10)) == 2
         assert action(client(row(2))) == 4
         assert model.rows == 2  # nothing was computed for who was dead
 
 
-def test_a_caller_gives_up(cast: Cast, transport: RayTransport):
+@both_kinds
+def test_a_caller_gives_up(cast: Cast, kind: str):
     """A call that is cancelled, or out of time, leaves the actor's other calls alone."""
+    transport = cast.of(kind)
     model = RecordingModel()
     with InferenceServer(model, transport, max_batch_size=1) as server:
         asked, other = cast.asyncs
@@ -230,14 +243,18 @@ def test_a_caller_gives_up(cast: Cast, transport: RayTransport):
             late = other.ask_for.remote(4, 0.1)
             waiting = asked.ask.remote(3)
             assert ray.get([cancelled, late]) == ["cancelled", "TimeoutError"]
-            wait_until(
-                lambda: (server.stats().cancelled, server.stats().timed_out) == (1, 1), "the news"
-            )
+            owed = lambda: sum(len(peer._open) for peer in connections(transport))  # noqa: E731
+            wait_until(lambda: owed() == 1, "the news")
         assert ray.get(waiting) == 6
+        wait_until(
+            lambda: (server.stats().cancelled, server.stats().timed_out) == (1, 1), "the count"
+        )
 
 
-def test_what_travels(cast: Cast, transport: RayTransport):
+@both_kinds
+def test_what_travels(cast: Cast, kind: str):
     """Transport and client pickle; the secret is no part of what they print."""
+    transport = cast.of(kind)
     assert repr(transport._secret) not in repr(transport)
     again = ray.get(ray.put(transport))
     assert again._secret == transport._secret

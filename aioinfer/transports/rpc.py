@@ -18,6 +18,7 @@ there, too: the cluster does not let strangers call its actors.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import secrets
 import struct
@@ -205,19 +206,43 @@ class RpcHub:
         self._leaving: dict[bytes, RpcPeer] = {}
         """Those whose last words wait for a call."""
         self._left: asyncio.Future[None] | None = None
+        self._taken: set[asyncio.Task[Answer]] = set()
 
     async def exchange(self, connection: bytes, number: int, data: bytes) -> Answer:
         """What actors expose to the clients: one call of one of them, on any event loop."""
         loop = self._intake.loop
         if running_loop() is loop:
             return await self._exchange(connection, number, data)
-        coroutine = self._exchange(connection, number, data)
+        answer: concurrent.futures.Future[Answer] = concurrent.futures.Future()
         try:
-            future = asyncio.run_coroutine_threadsafe(coroutine, loop)
+            # The coroutine is made there: a loop that ends first would leave it unawaited.
+            loop.call_soon_threadsafe(self._take, answer, connection, number, data)
         except RuntimeError:
-            coroutine.close()
             return _the_end(loop_closed())
-        return await asyncio.wrap_future(future)
+        return await asyncio.wrap_future(answer)
+
+    def _take(
+        self,
+        answer: concurrent.futures.Future[Answer],
+        connection: bytes,
+        number: int,
+        data: bytes,
+    ) -> None:
+        task = self._intake.loop.create_task(self._exchange(connection, number, data))
+        self._taken.add(task)
+
+        def done(task: asyncio.Task[Answer]) -> None:
+            self._taken.discard(task)
+            if not answer.set_running_or_notify_cancel():
+                return
+            if task.cancelled():
+                answer.set_result((DIED, b""))
+            elif (error := task.exception()) is not None:
+                answer.set_exception(error)
+            else:
+                answer.set_result(task.result())
+
+        task.add_done_callback(done)
 
     async def _exchange(self, connection: bytes, number: int, data: bytes) -> Answer:
         peer = self._peers.get(connection)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from rays import nothing_left as nothing_left
 from rays import start_ray
 
 from aioinfer import RayTransport
@@ -43,10 +44,6 @@ class OnRay(OnConnections):
         monkeypatch.setattr(rays, "_new_relay", take)
         yield
         relays += used
-
-    @pytest.fixture
-    def nothing_left(self) -> None:
-        """Ray opens and closes connections of its own when it likes."""
 
     def transport(self) -> RayTransport:
         return RayTransport(self.kind)
