@@ -166,9 +166,15 @@ class MonarchTransport(RemoteTransport):
         return Found(server.name, server.address, exchange)
 
     async def _call(self, channel: PendingChannel, found: Found) -> RpcCarrier:
+        desk = None
+        try:
+            desk = await self._desk(self._office())
+        except Exception as error:  # Monarch spawns nothing in a process in which an actor failed
+            _log.info("the server will not notice at once if this process ends: %s", error)
         carrier = await super()._call(channel, found)
         exchanger: Any = found.exchange
-        exchanger.watched(carrier.id, await self._desk(self._office()))
+        if desk is not None:
+            exchanger.watched(carrier.id, desk)
         if _late:
             _log.warning(
                 "Monarch was imported before aioinfer and without %s: calls to a server whose "

@@ -236,7 +236,7 @@ def _answering(method: Callable[..., Awaitable[Any]]) -> Any:
         try:
             port.send(await method(self, *args))
         except Exception as error:  # it is data, or this actor would end
-            _log.exception("a call failed")
+            _log.debug("a call failed", exc_info=True)
             port.exception(RuntimeError(f"{type(error).__name__}: {error}"))
 
     endpoint.__name__ = method.__name__

@@ -37,6 +37,10 @@ class TestOnConnections(OnConnections, InBackground, TransportConformance, OnAny
 class TestInCalls(InCalls, InBackground, TransportConformance):
     """Calls of endpoints, callers on another event loop than the server's, and threads."""
 
+    @pytest.fixture
+    def nothing_left(self) -> None:
+        """Monarch opens pipes, and lets go of what it awaited, when it likes."""
+
     def transport(self) -> MonarchTransport:
         return MonarchTransport("rpc")
 
