@@ -19,8 +19,8 @@ from tensordict.nn import InteractionType
 import aioinfer.arguments as arguments
 from aioinfer.errors import ServerClosedError
 from aioinfer.request import GivenUp, Request, Source
+from aioinfer.seeding import Stream
 from aioinfer.signature import describe
-from aioinfer.streams import Stream
 
 if TYPE_CHECKING:
     from aioinfer.transports.base import InferenceTransport

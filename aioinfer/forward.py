@@ -14,8 +14,8 @@ from aioinfer.batch import Batch, Outcome
 from aioinfer.batching import fitting_size
 from aioinfer.clock import Clock
 from aioinfer.collation import Collator, Columns
+from aioinfer.devices.faults import Room, copy_of, device_died, is_out_of_memory
 from aioinfer.errors import ModelError, ServerDiedError
-from aioinfer.faults import Room, copy_of, device_died, is_out_of_memory
 from aioinfer.request import Request
 from aioinfer.sampling import sampling
 from aioinfer.signature import Signature

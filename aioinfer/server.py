@@ -15,12 +15,12 @@ import torch
 from tensordict import TensorDictBase
 
 import aioinfer.arguments as arguments
-from aioinfer.assembly import assemble, example_request, forward_sizes
 from aioinfer.batching import DEFAULT_STATIC_TIMEOUT_S, DEFAULT_TIMEOUT_S, Batcher
 from aioinfer.blocking import BackgroundLoop
 from aioinfer.client import InferenceClient, SyncInferenceClient
 from aioinfer.clock import Clock, MonotonicClock
 from aioinfer.collation import CollateFn
+from aioinfer.devices.assembly import assemble, example_request, forward_sizes
 from aioinfer.errors import InvalidRequestError
 from aioinfer.executor import Executor
 from aioinfer.sampling import sampling_modules

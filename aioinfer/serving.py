@@ -20,6 +20,7 @@ from aioinfer.batch import Batch, Outcome
 from aioinfer.batching import ANY_NUMBER, Batcher, Dispatch, Wait
 from aioinfer.clock import Clock, TimerHandle
 from aioinfer.collation import Columns
+from aioinfer.devices.faults import copy_of
 from aioinfer.errors import (
     InferenceError,
     InvalidRequestError,
@@ -28,7 +29,6 @@ from aioinfer.errors import (
     WeightSyncError,
 )
 from aioinfer.executor import Executor, Run
-from aioinfer.faults import copy_of
 from aioinfer.intake import Intake, Notice, loop_closed, running_loop
 from aioinfer.request import ColumnPort, GivenUp, ReplyPort, Request, State
 from aioinfer.signature import Signature

@@ -13,7 +13,7 @@ from helpers import InThread, action, outcomes, row, rows, until, within
 from tensordict import TensorDict, TensorDictBase
 
 from aioinfer import InferenceServer, ModelError, ServerClosedError, ServerDiedError
-from aioinfer.faults import Room, device_died, is_out_of_memory
+from aioinfer.devices.faults import Room, device_died, is_out_of_memory
 from aioinfer.testing import PuppetExecutor, RecordingModel
 
 

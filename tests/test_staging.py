@@ -14,7 +14,8 @@ from helpers import InThread, action, all_well, doubling, outcomes, row, rows, u
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule
 
-from aioinfer import InferenceServer, ModelError, ServerClosedError, ServerDiedError, assembly
+from aioinfer import InferenceServer, ModelError, ServerClosedError, ServerDiedError
+from aioinfer.devices import assembly
 from aioinfer.testing import RecordingModel
 
 

@@ -12,11 +12,12 @@ from helpers import action, row, sampling, within
 from tensordict import NonTensorData, TensorDict, TensorDictBase
 from tensordict.nn import InteractionType, TensorDictModule
 
-from aioinfer import InferenceServer, assembly
-from aioinfer.assembly import forward_sizes, preparation
-from aioinfer.graphs import Graphs, Kinds
+from aioinfer import InferenceServer
+from aioinfer.devices import assembly
+from aioinfer.devices.assembly import forward_sizes, preparation
+from aioinfer.devices.graphs import Graphs, Kinds
 from aioinfer.sampling import sampling as in_mode
-from aioinfer.streams import Stream
+from aioinfer.seeding import Stream
 from aioinfer.testing import RecordingModel
 
 

@@ -11,16 +11,16 @@ import torch
 import aioinfer.arguments as arguments
 from aioinfer.clock import Clock
 from aioinfer.collation import Collator
-from aioinfer.compiling import Compiled
+from aioinfer.devices.compiling import Compiled
+from aioinfer.devices.graphs import CudaRecorder, Graphs, Kinds, Recorder
+from aioinfer.devices.replicas import Replicas, replicate
+from aioinfer.devices.staging import IN_FLIGHT, CudaLane, Lane, StagedForward, pinned
 from aioinfer.executor import Executor, ThreadExecutor
 from aioinfer.forward import ForwardPass
-from aioinfer.graphs import CudaRecorder, Graphs, Kinds, Recorder
-from aioinfer.replicas import Replicas, replicate
 from aioinfer.request import Request, Source
+from aioinfer.seeding import Seeded
 from aioinfer.shortcut import shortcut
 from aioinfer.signature import describe
-from aioinfer.staging import IN_FLIGHT, CudaLane, Lane, StagedForward, pinned
-from aioinfer.streams import Seeded
 from aioinfer.weights.slots import Policy, Slots
 from aioinfer.weights.streams import CudaStreams
 

@@ -25,8 +25,8 @@ from aioinfer.batching import fitting_size
 from aioinfer.buffers import Buffers
 from aioinfer.clock import Clock
 from aioinfer.collation import Collator, Columns
+from aioinfer.devices.faults import copy_of, device_died
 from aioinfer.errors import ServerDiedError
-from aioinfer.faults import copy_of, device_died
 from aioinfer.forward import ForwardPass
 from aioinfer.sampling import sampling
 from aioinfer.signature import Signature

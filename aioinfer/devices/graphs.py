@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from tensordict import TensorDict, TensorDictBase
 
-from aioinfer.faults import device_died
+from aioinfer.devices.faults import device_died
 from aioinfer.sampling import active_mode
 from aioinfer.tensordicts import new_tensordict
 

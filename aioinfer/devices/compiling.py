@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from aioinfer.faults import device_died, is_out_of_memory
+from aioinfer.devices.faults import device_died, is_out_of_memory
 from aioinfer.sampling import active_mode
 from aioinfer.shortcut import shortcut
 

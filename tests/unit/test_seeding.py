@@ -12,7 +12,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import distributions
 
 from aioinfer.errors import InvalidRequestError
-from aioinfer.streams import KEY, RowRandom, Seeded, Stream, _mix, _mix_all, _signed
+from aioinfer.seeding import KEY, RowRandom, Seeded, Stream, _mix, _mix_all, _signed
 
 MANY = 40_000
 

@@ -1,0 +1,1 @@
+"""Where and how a policy runs: devices, replicas, compiled and captured forwards, staging."""
