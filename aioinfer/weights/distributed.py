@@ -197,6 +197,7 @@ class _DistributedSender(Hub):
         """
         try:
             group = _group(self._host, store.port, name, _SENDER)
+            group.recv([torch.empty(1)], _RECEIVER, 0).wait()  # it has met this end, too
             while True:
                 with self.state:
                     self.state.wait_for(lambda: self._is_wanted(peer))
@@ -253,6 +254,7 @@ class _DistributedLink(DistantLink):
         (epoch, manifest, bucket_nbytes, port, name), _ = doorbell.receive()
         self._buckets = _Buckets(manifest, bucket_nbytes)
         self._group = _group(self._place.host, port, name, _RECEIVER)
+        self._group.send([torch.empty(1)], _SENDER, 0).wait()
         return int(epoch)
 
     def _source(
