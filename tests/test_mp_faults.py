@@ -30,7 +30,7 @@ from aioinfer import (
 )
 from aioinfer.signature import describe
 from aioinfer.testing import RecordingModel
-from aioinfer.transports import channel, mp, wire
+from aioinfer.transports import channel, channeled, wire
 from aioinfer.transports.payload import pack_described, unpack_object
 
 pytestmark = [
@@ -123,7 +123,7 @@ def test_the_loop_is_closed_during_a_forward(new_loop: NewLoop, logged_errors: l
 
 async def test_submitting_without_end(monkeypatch: pytest.MonkeyPatch):
     """Of what threads submit only so much is under way; who submits more waits, or is too late."""
-    monkeypatch.setattr(mp, "MAX_SUBMITTED", 4)
+    monkeypatch.setattr(channeled, "MAX_SUBMITTED", 4)
     model = RecordingModel()
     async with InferenceServer(model, transport := MPTransport()):
         client = transport.sync_client()
