@@ -22,6 +22,7 @@ import concurrent.futures
 import contextlib
 import secrets
 import struct
+import threading
 from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -207,6 +208,11 @@ class RpcHub:
         """Those whose last words wait for a call."""
         self._left: asyncio.Future[None] | None = None
         self._taken: set[asyncio.Task[Answer]] = set()
+        # Calls from other loops. Those that the server's loop no longer comes to are answered by
+        # close(), so under this lock they are either among them, or too late.
+        self._asked: set[concurrent.futures.Future[Answer]] = set()
+        self._over = False
+        self._lock = threading.Lock()
 
     async def exchange(self, connection: bytes, number: int, data: bytes) -> Answer:
         """What actors expose to the clients: one call of one of them, on any event loop."""
@@ -214,11 +220,15 @@ class RpcHub:
         if running_loop() is loop:
             return await self._exchange(connection, number, data)
         answer: concurrent.futures.Future[Answer] = concurrent.futures.Future()
-        try:
-            # The coroutine is made there: a loop that ends first would leave it unawaited.
-            loop.call_soon_threadsafe(self._take, answer, connection, number, data)
-        except RuntimeError:
-            return _the_end(loop_closed())
+        with self._lock:
+            if self._over:
+                return self._too_late()
+            try:
+                # The coroutine is made there: a loop that ends first would leave it unawaited.
+                loop.call_soon_threadsafe(self._take, answer, connection, number, data)
+            except RuntimeError:
+                return _the_end(loop_closed())
+            self._asked.add(answer)
         return await asyncio.wrap_future(answer)
 
     def _take(
@@ -233,7 +243,10 @@ class RpcHub:
 
         def done(task: asyncio.Task[Answer]) -> None:
             self._taken.discard(task)
-            if not answer.set_running_or_notify_cancel():
+            with self._lock:
+                known = answer in self._asked
+                self._asked.discard(answer)
+            if not known or not answer.set_running_or_notify_cancel():
                 return
             if task.cancelled():
                 answer.set_result((DIED, b""))
@@ -295,6 +308,15 @@ class RpcHub:
         if self._leaving:
             self._left = asyncio.get_running_loop().create_future()
             await asyncio.wait([self._left], timeout=CLOSING_S)
+        with self._lock:
+            self._over = True
+            asked, self._asked = self._asked, set()
+        for answer in asked:
+            if answer.set_running_or_notify_cancel():
+                answer.set_result(self._too_late())
+
+    def _too_late(self) -> Answer:
+        return _the_end(self._closed() or ServerClosedError("the server is closed"))
 
 
 def _the_end(error: InferenceError) -> Answer:
