@@ -216,4 +216,4 @@ def _log_fault(failure: Any) -> None:
 
 
 def _posts() -> Any:
-    return importlib.import_module("aioinfer.transports.post")
+    return importlib.import_module("aioinfer.transports.monarch_post")

@@ -10,7 +10,7 @@ import secrets
 from typing import Any
 
 from aioinfer.errors import ServerDiedError
-from aioinfer.transports import relay as relays
+from aioinfer.transports import ray_relay as relays
 from aioinfer.transports.channel import no_server
 from aioinfer.transports.direct import PendingChannel
 from aioinfer.transports.endpoint import TlsFactory
