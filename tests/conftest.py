@@ -81,6 +81,11 @@ def _watchdog() -> Iterator[blockbuster.BlockBuster]:
             function.can_block_in("pytest_timeout.py", {"timeout_sigalrm"})
             # pytest keeps a log file on the root logger, /dev/null unless told otherwise.
             function.can_block_in("logging/__init__.py", {"callHandlers"})
+        # A module that another thread is importing is waited for, as are its contents.
+        for acquire in ("threading.Lock.acquire", "threading.Lock.acquire_lock"):
+            watchdog.functions[acquire].can_block_in(
+                "<frozen importlib._bootstrap>", {"_lock_unlock_module", "_find_and_load"}
+            )
         yield watchdog
 
 
