@@ -10,7 +10,7 @@ from concurrent.futures import CancelledError
 import pytest
 from helpers import InThread, action, all_well, outcomes, row, rows, seen, until, within
 
-from aioinfer.testing import ManualClock, RecordingModel, settle
+from aioinfer.testing import ManualClock, RecordingModel
 
 from .hooks import Hooks, Link
 
@@ -357,7 +357,7 @@ class Leaving(Hooks):
             client.submit(requests[5], priority=1).cancel()
             client.submit(requests[6])  # nobody keeps the future
             (await InThread(sync_client.submit, requests[7])).cancel()
-            await settle()
+            await link.told()
         await first
         return refs
 
