@@ -20,6 +20,12 @@ from aioinfer.weights.distributed import _DistributedSender
 from .models import Uniform
 from .suite import SchemeConformance, ThroughAProcess, check
 
+pytestmark = pytest.mark.skipif(
+    "AIOINFER_GLOO" not in os.environ,
+    reason="about one new connection in fifty to torch's TCPStore is not answered, and the ends "
+    "then do not meet at once; a fault that is not mended yet. AIOINFER_GLOO=1 runs these",
+)
+
 FORK = multiprocessing.get_context("fork")
 
 
