@@ -37,7 +37,10 @@ for ``COLD_TIMEOUT_S`` at most, and then stops expecting those who did not come.
 And where all callers are already waiting, the reverse question: one batch, or G batches one
 after the other? The cycle is Z + cost(N/G) if thinking is the bottleneck and G*cost(N/G) if the
 executor is. Whichever G makes the longer of the two shortest is taken: the groups alternate
-from then on, one computing while the other thinks.
+from then on, one computing while the other thinks. Coroutines of the server's own interpreter can
+think while a forward runs, but only as far as the two leave each other room, and a short forward
+is mostly Python. So for them the forwards of the groups must be long. Should they leave no room
+all the same, the smaller batches turn out to cost more, and that is learnt.
 """
 
 from __future__ import annotations
@@ -59,6 +62,7 @@ _BUSY = 0.8  # utilisation from which the far view counts
 _SATURATED = 0.97  # utilisation from which dividing cannot help: there is no idle time to fill
 _IDLE = 0.8  # idle time per forward that merging may cost for ever, as a share of ``a``
 _SHORTER = 0.75  # what dividing among free executors must make of a forward
+_LONG_S = 0.001  # forwards from here on leave most of the interpreter's time to others
 _GROUPS = (2, 3, 4, 5, 6, 8, 12, 16)
 _QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.97)
 
@@ -68,9 +72,8 @@ class Patience:
 
     Args:
         far_sighted: whether the far view counts (``objective="throughput"``).
-        independent: whether callers think while a forward runs. Those of the server's own
-            interpreter do so only as far as the two leave each other room, so they are never
-            divided into groups.
+        independent: whether callers think while a forward runs, however short it is. Those of
+            the server's own interpreter do not.
         one_size: whether all forwards are padded to the same size, and so cost the same.
     """
 
@@ -317,16 +320,19 @@ class Patience:
             return best
         if not self.think.known:
             return 1
-        if not (self._far_sighted and self._independent) or self._utilisation > _SATURATED:
+        if not self._far_sighted or self._competing or self._utilisation > _SATURATED:
             return 1
         think = self.think.median
         if think < cost.fixed:
             return 1
+        least = 0.0 if self._independent else _LONG_S
         best, cycle = 1, think + cost.of(rows)
         for groups in _GROUPS:
             if groups > rows:
                 break
             forward = cost.fixed + cost.per_row * rows / groups
+            if forward < least:
+                break
             longer = max(think + forward, groups * forward)
             if longer < 0.98 * cycle:
                 best, cycle = groups, longer

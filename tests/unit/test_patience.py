@@ -71,9 +71,19 @@ def test_one_group_where_thinking_is_short():
     assert experienced(0.002, fixed=0.005, per_row=0.00001).groups(KIND, 64) == 1
 
 
-def test_callers_of_the_same_interpreter_are_not_divided():
-    """They would compute during each other's forwards."""
+def test_callers_of_the_same_interpreter_are_divided_for_long_forwards_only():
+    """Ten times shorter, the same forwards would be waiting for the interpreter."""
+    for scale, groups in ((1.0, 2), (0.1, 1)):
+        patience = experienced(
+            0.006 * scale, fixed=0.003 * scale, per_row=0.00005 * scale, independent=False
+        )
+        assert patience.groups(KIND, 64) == groups
+
+
+def test_threads_of_the_same_interpreter_are_not_divided():
+    """They would compute during each other's forwards, however long those are."""
     patience = experienced(0.006, fixed=0.003, per_row=0.00005, independent=False)
+    patience.join(Source(competes=True))
     assert patience.groups(KIND, 64) == 1
 
 
