@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed
 
 from aioinfer.clock import duration_of
 from aioinfer.weights import threads
@@ -31,18 +30,18 @@ from aioinfer.weights.hub import Hub, Peer
 from aioinfer.weights.manifest import Manifest
 from aioinfer.weights.reading import Weights
 from aioinfer.weights.receiving import Receiver
+from aioinfer.weights.rendezvous import dist, meet
 from aioinfer.weights.slots import Interrupted
 
 _log = logging.getLogger("aioinfer")
-dist: Any = torch.distributed  # its stubs leave out what it exports
 
 BUCKET_NBYTES = 1 << 24
 """Bytes in a bucket, about."""
 _ALIGNMENT = 16
 _CONNECT_S = 5.0
 _PORTS = range(15_000, 30_000)
-_GROUP_TIMEOUT = duration_of(30.0)
-_STORE_TIMEOUT = duration_of(2.0)
+_BUCKET_TIMEOUT = duration_of(30.0)
+"""For a bucket to arrive; who is gone is noticed at once, and this is for who is stuck."""
 _SENDER, _RECEIVER = 0, 1
 
 
@@ -57,9 +56,10 @@ class Place(NamedTuple):
 class DistributedWeightSyncScheme(DistantScheme):
     """Brings weights to servers on any host, over Gloo.
 
-    It needs no default group, and leaves one alone where there is one. Copies of the scheme, or a
-    ticket, are the two ends. The sender is authenticated and authenticates receivers; the weights
-    themselves travel as ``torch.distributed`` sends them, in the clear.
+    It needs no default group, nor a store, and leaves a group alone where there is one. Copies of
+    the scheme, or a ticket, are the two ends. They prove to each other that they know its secret
+    before they meet in Gloo; the weights themselves travel as Gloo sends them, in the clear and
+    unauthenticated, so the network between them must be one that you trust.
 
     Args:
         host: the sender's name or address, as receivers reach it; it listens there only.
@@ -165,9 +165,6 @@ class _DistributedSender(Hub):
         self._ticket = ticket
         self._bucket_nbytes = bucket_nbytes
         self._buckets = _Buckets(weights.manifest, bucket_nbytes)
-        self._store: Any = dist.TCPStore(place.host, 0, is_master=True, wait_for_workers=False)
-        self._host = place.host
-        self._groups = 0
         self.listen()
 
     @property
@@ -183,21 +180,18 @@ class _DistributedSender(Hub):
             self.expect_answers(delivery)
             self.state.notify_all()
 
+    def _join(self, peer: Peer) -> None:
+        # Before anybody is told of it: from then on, it can be sent weights.
+        peer.doorbell.send((self._ticket.epoch, self._ticket.manifest, self._bucket_nbytes))
+        peer.channel = meet(peer.doorbell, _SENDER)
+        super()._join(peer)
+
     def _welcome(self, peer: Peer) -> None:
-        self._groups += 1
-        name = str(self._groups)
-        about = self._ticket.epoch, self._ticket.manifest, self._bucket_nbytes
-        peer.doorbell.send((*about, self._store.port, name))
-        threads.start(functools.partial(self._send_to, peer, name, self._store), self.close)
+        threads.start(functools.partial(self._send_to, peer), self.close)
 
-    def _send_to(self, peer: Peer, name: str, store: Any) -> None:
-        """Send a receiver the newest weights, again and again; on a thread of its own.
-
-        The store must be there until both ends have met, whoever closes meanwhile.
-        """
+    def _send_to(self, peer: Peer) -> None:
+        """Send a receiver the newest weights, again and again; on a thread of its own."""
         try:
-            group = _group(self._host, store.port, name, _SENDER)
-            group.recv([torch.empty(1)], _RECEIVER, 0).wait()  # it has met this end, too
             while True:
                 with self.state:
                     self.state.wait_for(lambda: self._is_wanted(peer))
@@ -207,7 +201,7 @@ class _DistributedSender(Hub):
                     peer.told, peer.reading = version, weights
                     message = ("weights", version, self.hurry(peer), None, dict(weights.extra))
                 peer.doorbell.send(message)
-                self._send_weights(group, weights, version)
+                self._send_weights(peer.channel, weights, version)
         except (OSError, RuntimeError) as error:
             _log.debug("%s cannot be sent weights: %s", peer.name, error)
         finally:
@@ -218,12 +212,15 @@ class _DistributedSender(Hub):
         return over or (peer.reading is None and self.version > peer.told)
 
     def _send_weights(self, group: Any, weights: Weights, version: int) -> None:
+        def send(memory: torch.Tensor) -> None:
+            group.send([memory], _RECEIVER, 0).wait(_BUCKET_TIMEOUT)
+
         mark = torch.tensor([version, len(self._buckets)])
-        group.send([mark], _RECEIVER, 0).wait()
+        send(mark)
         for bucket in range(len(self._buckets)):
-            group.send([self._buckets.pack(bucket, weights.tensors)], _RECEIVER, 0).wait()
+            send(self._buckets.pack(bucket, weights.tensors))
             self._sent(bucket)
-        group.send([mark], _RECEIVER, 0).wait()
+        send(mark)
 
     def _sent(self, bucket: int) -> None:
         """A bucket is sent; tests end the process here."""
@@ -235,7 +232,7 @@ class _DistributedSender(Hub):
         pass  # its thread notices
 
     def _end(self) -> None:
-        self._store = None
+        pass
 
 
 class _DistributedLink(DistantLink):
@@ -251,10 +248,9 @@ class _DistributedLink(DistantLink):
         return socket.create_connection(self._place[:2], timeout=_CONNECT_S)
 
     def _welcomed(self, doorbell: Doorbell) -> int:
-        (epoch, manifest, bucket_nbytes, port, name), _ = doorbell.receive()
+        (epoch, manifest, bucket_nbytes), _ = doorbell.receive()
         self._buckets = _Buckets(manifest, bucket_nbytes)
-        self._group = _group(self._place.host, port, name, _RECEIVER)
-        self._group.send([torch.empty(1)], _SENDER, 0).wait()
+        self._group = meet(doorbell, _RECEIVER)
         return int(epoch)
 
     def _source(
@@ -317,7 +313,7 @@ class _Arriving:
             raise ConnectionError(str(error)) from error
 
     def _receive(self, memory: torch.Tensor) -> None:
-        self._group.recv([memory], _SENDER, 0).wait()
+        self._group.recv([memory], _SENDER, 0).wait(_BUCKET_TIMEOUT)
         self._arrived += 1
 
     def _receive_mark(self) -> None:
@@ -341,12 +337,3 @@ def _contiguous(target: torch.Tensor | None) -> torch.Tensor | None:
     if target is None or target.is_contiguous():
         return target
     return torch.empty_like(target, memory_format=torch.contiguous_format)
-
-
-def _group(host: str, port: int, name: str, rank: int) -> Any:
-    """Meet the other end in a group of two."""
-    with socket.create_connection((host, port), _CONNECT_S):
-        pass  # a store that is gone is noticed at once here, and only after a while there
-    store = dist.TCPStore(host, port, is_master=False, timeout=_STORE_TIMEOUT)
-    store.set_timeout(_GROUP_TIMEOUT)
-    return dist.ProcessGroupGloo(dist.PrefixStore(name, store), rank, 2, _GROUP_TIMEOUT)

@@ -1,4 +1,4 @@
-"""Short messages between a sender of weights and a receiver, two processes of one host.
+"""Short messages between a sender of weights and a receiver.
 
 Both ends prove that they know the token before either reads anything that the other one says.
 Each end has a thread of its own to read, so reads block; a write to who does not read gives up.
@@ -30,7 +30,7 @@ class Doorbell:
     """One end of the connection.
 
     Args:
-        connection: a connected Unix socket; owned from now on.
+        connection: a connected socket, Unix or TCP; owned from now on.
     """
 
     def __init__(self, connection: socket.socket) -> None:
@@ -39,6 +39,13 @@ class Doorbell:
         connection.settimeout(None)
         interval = struct.pack("ll", WRITE_TIMEOUT_S, 0)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, interval)
+        if connection.family != socket.AF_UNIX:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    @property
+    def host(self) -> str:
+        """This end's address, as the other one reaches it; of TCP only."""
+        return str(self._socket.getsockname()[0])
 
     # -- who is there -------------------------------------------------------
 
@@ -83,7 +90,7 @@ class Doorbell:
             if descriptor is not None:
                 sent = socket.send_fds(self._socket, [data], [descriptor])
             elif not urgent:
-                # Of a short message, a Unix socket takes all or nothing.
+                # Of a short message, a Unix socket takes all or nothing, and TCP nearly always.
                 with contextlib.suppress(BlockingIOError):
                     sent = self._socket.sendmsg([data], [], socket.MSG_DONTWAIT)
                 if not sent:

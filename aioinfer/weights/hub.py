@@ -32,6 +32,8 @@ class Peer:
         """What it may be reading; it has not answered yet."""
         self.deliveries: dict[int, Delivery] = {}
         """Those that wait for its answer, by version."""
+        self.channel: Any = None
+        """What weights travel through, if the scheme has something for that."""
 
 
 class Hub(abc.ABC):
@@ -60,6 +62,8 @@ class Hub(abc.ABC):
         self.version = version
         """The newest one, whole or being written."""
         self.closed = False
+        self._doorbells: set[Doorbell] = set()
+        """Of the receivers, and of those that are not known yet."""
         self._token = token
         self._overtaken = overtaken
         self._listener = listener
@@ -112,8 +116,8 @@ class Hub(abc.ABC):
             if self.closed:
                 return
             self.closed = True
-            for peer in self.peers:
-                peer.doorbell.shut_down()
+            for doorbell in self._doorbells:
+                doorbell.shut_down()
             self.state.notify_all()
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
@@ -125,8 +129,8 @@ class Hub(abc.ABC):
         """Let go, in a forked child, of what belongs to the parent."""
         self.closed = True
         self._listener.close()
-        for peer in self.peers:
-            peer.doorbell.close()
+        for doorbell in self._doorbells:
+            doorbell.close()
         self._end()
 
     # -- on their threads ---------------------------------------------------
@@ -143,10 +147,15 @@ class Hub(abc.ABC):
     def _listen_to(self, connection: socket.socket) -> None:
         doorbell = Doorbell(connection)
         peer: Peer | None = None
+        with self.state:
+            self._doorbells.add(doorbell)
+            if self.closed:
+                doorbell.shut_down()
         try:
             doorbell.prove(self._token, b"sender", b"receiver")
             (name, version), _ = doorbell.receive()
-            peer = self._join(Peer(name, doorbell, version))
+            peer = Peer(name, doorbell, version)
+            self._join(peer)
             while True:
                 message, _ = doorbell.receive()
                 self._answered(peer, *message)
@@ -155,9 +164,12 @@ class Hub(abc.ABC):
         finally:
             if peer is not None:
                 self.drop(peer)
+            with self.state:
+                self._doorbells.discard(doorbell)
             doorbell.close()
 
-    def _join(self, peer: Peer) -> Peer:
+    def _join(self, peer: Peer) -> None:
+        """Let a receiver in."""
         self._overtaken(peer.told)
         with self.state:
             if self.closed:
@@ -168,7 +180,6 @@ class Hub(abc.ABC):
                 self.send(peer, ("nothing",))
             self._is_free(peer)
             self.state.notify_all()
-        return peer
 
     def _answered(
         self, peer: Peer, done: bool, version: int, stage: int, why: str, serves: int

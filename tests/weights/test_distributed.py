@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import multiprocessing
 import os
 import pickle
 import signal
+import socket
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed
-from helpers import row, wait_until
+from helpers import InThread, row, wait_until
 
 from aioinfer import DistributedWeightSyncScheme, InferenceServer, WeightSyncError, WeightSyncScheme
 from aioinfer.weights.distributed import _DistributedSender
+from aioinfer.weights.doorbell import Doorbell
+from aioinfer.weights.rendezvous import _DoorbellStore, meet
 
 from .models import Uniform
 from .suite import SchemeConformance, ThroughAProcess, check
-
-pytestmark = pytest.mark.skipif(
-    "AIOINFER_GLOO" not in os.environ,
-    reason="about one new connection in fifty to torch's TCPStore is not answered, and the ends "
-    "then do not meet at once; a fault that is not mended yet. AIOINFER_GLOO=1 runs these",
-)
 
 FORK = multiprocessing.get_context("fork")
 
@@ -32,7 +31,7 @@ FORK = multiprocessing.get_context("fork")
 @pytest.fixture(scope="module", autouse=True)
 def _gloo_has_begun() -> None:
     """Let Gloo make what it makes once per process, and keeps."""
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = torch.distributed.HashStore()
     torch.distributed.ProcessGroupGloo(store, 0, 1, datetime.timedelta(seconds=5))
 
 
@@ -135,3 +134,43 @@ def test_who_does_not_know_the_token() -> None:
         assert check(server.sync_client()(row(1)), 0) == 0
     assert not scheme._sender.peers
     scheme.close()
+
+
+@contextlib.contextmanager
+def doorbells() -> Iterator[list[Doorbell]]:
+    """The two ends of a connection."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        ends = [socket.create_connection(listener.getsockname()), listener.accept()[0]]
+    bells = [Doorbell(end) for end in ends]
+    yield bells
+    for bell in bells:
+        bell.close()
+
+
+def test_two_ends_meet() -> None:
+    """Both come out of it with a group of the two of them, and with nothing left to read."""
+    with doorbells() as (first, second):
+        meeting = InThread(meet, second, 1)
+        sends, receives = meet(first, 0), meeting.result()
+        sending = InThread(lambda: sends.send([torch.ones(3)], 1, 0).wait())
+        received = torch.zeros(3)
+        receives.recv([received], 0, 0).wait()
+        sending.result()
+        assert received.tolist() == [1, 1, 1]
+        first.send("the next message")
+        assert second.receive() == ("the next message", None)
+
+
+@pytest.mark.parametrize("says", [0, 1, 2])
+def test_an_end_that_goes_away_while_they_meet(says: int) -> None:
+    """The other one is told so at once, however far they had come."""
+    with doorbells() as (first, second):
+        meeting = InThread(meet, first, 0)
+        store = _DoorbellStore(second)
+        if says > 0:
+            store.get("0/0")
+        if says > 1:  # it says that it has met the other one, and never told it where it is
+            second.send((None, b""))
+        second.shut_down()
+        with pytest.raises(ConnectionError):
+            meeting.result()
