@@ -591,6 +591,7 @@ class ThreadChannel(SocketChannel):
                 return None
         buffer = bytearray(self._usual_nbytes)
         try:
+            self._poll.poll()
             count = self.socket.recv_into(buffer)
         except OSError:
             count = 0
