@@ -11,13 +11,10 @@ import os
 import pickle
 import signal
 import threading
-import traceback
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing import connection
 from multiprocessing.connection import Connection
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import anyio
 import anyio.to_thread
@@ -27,15 +24,11 @@ import aioinfer.arguments as arguments
 from aioinfer.blocking import new_event_loop
 from aioinfer.clock import MonotonicClock
 from aioinfer.errors import ServerClosedError, ServerDiedError
+from aioinfer.hosted import ANSWER_S, HostedServer, check, described, rebuilt, respond
 from aioinfer.near import NearExecutor
 from aioinfer.server import InferenceServer
 from aioinfer.stats import ServerStats
 from aioinfer.transports.mp import MPTransport
-from aioinfer.transports.wire import RemoteTraceback
-from aioinfer.weights.base import WeightSyncScheme
-
-if TYPE_CHECKING:
-    from aioinfer.client import InferenceClient, SyncInferenceClient
 
 _clock = MonotonicClock()
 
@@ -45,11 +38,9 @@ _JOIN_S = 5.0
 """Seconds that a process has to end, once it has nothing left to do."""
 _OUTLIVE_S = 1.0
 """Seconds that the child has to end once its parent has."""
-_ANSWER_S = 1.0
-"""Seconds beyond its own timeout that the child has to say that it has closed."""
 
 
-class ProcessInferenceServer:
+class ProcessInferenceServer(HostedServer):
     """Runs an :class:`InferenceServer` in a child process, which builds the policy itself.
 
     Use it as ``with``, as ``async with``, or through :meth:`start` and :meth:`shutdown`. It can
@@ -76,20 +67,9 @@ class ProcessInferenceServer:
         start_timeout: float = 120.0,
         **options: Any,
     ) -> None:
-        if not callable(policy_factory):
-            raise TypeError(f"policy_factory must be callable, got {policy_factory!r}")
         if transport is not None and not isinstance(transport, MPTransport):
             raise TypeError(f"transport must be an MPTransport or None, got {transport!r}")
-        known = {name: value for name, value in options.items() if name != "weight_sync"}
-        with warnings.catch_warnings():  # the child will give them, if they hold there
-            warnings.simplefilter("ignore")
-            InferenceServer(torch.nn.Identity(), **known)  # refuses a wrong option here and now
-        weight_sync = options.get("weight_sync")
-        if weight_sync is not None and WeightSyncScheme.of(weight_sync).in_process:
-            raise TypeError(
-                f"weight_sync must reach another process, and {type(weight_sync).__name__} "
-                "does not; SharedMemWeightSyncScheme does"
-            )
+        check(policy_factory, options)
         self._factory = policy_factory
         self._transport = MPTransport() if transport is None else transport
         self._ctx: Any = ctx or self._transport.ctx or multiprocessing.get_context("spawn")
@@ -107,18 +87,6 @@ class ProcessInferenceServer:
     def transport(self) -> MPTransport:
         """The link that is served."""
         return self._transport
-
-    def client(self) -> InferenceClient | SyncInferenceClient:
-        """Return a new client of the transport, of the kind natural for it."""
-        return self._transport.client()
-
-    def async_client(self) -> InferenceClient:
-        """Return a new client for coroutines."""
-        return self._transport.async_client()
-
-    def sync_client(self) -> SyncInferenceClient:
-        """Return a new client for threads."""
-        return self._transport.sync_client()
 
     # -- questions ----------------------------------------------------------
 
@@ -281,7 +249,7 @@ class ProcessInferenceServer:
             try:
                 if self._control is not None:
                     # A child that is stopped, or stuck in a forward, does not even answer.
-                    within = None if timeout is None else timeout + _ANSWER_S
+                    within = None if timeout is None else timeout + ANSWER_S
                     with contextlib.suppress(ServerDiedError, TimeoutError):
                         self._ask("close", timeout, drain, within=within)
             finally:
@@ -308,17 +276,6 @@ class ProcessInferenceServer:
         """Close the server and end its process; the awaitable :meth:`shutdown`."""
         await anyio.to_thread.run_sync(lambda: self.shutdown(timeout, drain=drain))
 
-    def __enter__(self) -> Self:
-        return self.start()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.shutdown()
-
     async def __aenter__(self) -> Self:
         try:
             return await anyio.to_thread.run_sync(self.start, abandon_on_cancel=True)
@@ -329,15 +286,6 @@ class ProcessInferenceServer:
             with anyio.CancelScope(shield=True):
                 await self.aclose()
             raise
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        with anyio.CancelScope(shield=True):
-            await self.aclose()
 
 
 def _end_of(code: int | None) -> str:
@@ -413,7 +361,7 @@ async def _run(server: InferenceServer, control: Connection, parent: int) -> Non
         _send(control, (_READY, True, None))
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(_outlive_nobody, parent, tasks.cancel_scope)
-            await _answer(server, control)
+            await _answer_all(server, control)
             tasks.cancel_scope.cancel()
     finally:
         with anyio.CancelScope(shield=True):
@@ -451,7 +399,7 @@ def _end_of_parent(parent: int) -> Iterator[int]:
         yield known.sentinel
 
 
-async def _answer(server: InferenceServer, control: Connection) -> None:
+async def _answer_all(server: InferenceServer, control: Connection) -> None:
     """Do what the parent asks, until it asks to close."""
     closing = False
     while not closing:
@@ -464,52 +412,4 @@ async def _answer(server: InferenceServer, control: Connection) -> None:
         except EOFError:
             return
         closing = what == "close"
-        try:
-            answer = await _QUESTIONS[what](server, *args)
-        except Exception as error:
-            _send(control, (question, False, described(error)))
-        else:
-            _send(control, (question, True, answer))
-
-
-async def _stats(server: InferenceServer, reset: bool) -> ServerStats:
-    return server.stats(reset=reset)
-
-
-async def _policy_version(server: InferenceServer) -> int:
-    return server.policy_version
-
-
-async def _load_state_dict(server: InferenceServer, state_dict: dict[str, torch.Tensor]) -> int:
-    await server.aupdate_model(lambda model: model.load_state_dict(state_dict))
-    return server.policy_version
-
-
-async def _close(server: InferenceServer, timeout: float | None, drain: bool) -> None:
-    with anyio.move_on_after(timeout):
-        await server.aclose(drain=drain)
-
-
-_QUESTIONS: dict[str, Callable[..., Any]] = {
-    "stats": _stats,
-    "policy_version": _policy_version,
-    "load_state_dict": _load_state_dict,
-    "close": _close,
-}
-
-
-def described(error: BaseException) -> tuple[BaseException, str]:
-    """An exception that pickles, and its traceback as text."""
-    text = "".join(traceback.format_exception(error))
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}"), text
-    return error, text
-
-
-def rebuilt(described: tuple[BaseException, str]) -> BaseException:
-    """The exception again, with the text as its ``__cause__``."""
-    error, text = described
-    error.__cause__ = RemoteTraceback(text)
-    return error
+        _send(control, (question, *await respond(server, what, args)))
