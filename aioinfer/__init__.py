@@ -12,6 +12,7 @@ from aioinfer.errors import (
 )
 from aioinfer.monarch_server import MonarchInferenceServer
 from aioinfer.process import ProcessInferenceServer
+from aioinfer.ray_server import RayInferenceServer
 from aioinfer.server import InferenceServer
 from aioinfer.stats import ServerStats
 from aioinfer.transports.asyncio import AsyncioTransport
@@ -47,6 +48,7 @@ __all__ = [
     "MonarchTransport",
     "ProcessInferenceServer",
     "QueueFullError",
+    "RayInferenceServer",
     "RayTransport",
     "SendReport",
     "ServerClosedError",

@@ -41,7 +41,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from typing import Generic, TypeVar
 
 R = TypeVar("R", bound=Hashable)
@@ -66,12 +66,14 @@ def room_for(max_batch_size: int, fixed_s: float, per_row_s: float) -> int:
 
 
 class _Load:
-    __slots__ = ("others", "own", "paused", "room")
+    __slots__ = ("others", "own", "paused", "reported", "room")
 
     def __init__(self, room: int) -> None:
         self.room = room
         self.own = 0
         self.others = 0.0
+        self.reported: int | None = None
+        """The load that the answers since the last request came with."""
         self.paused = False
 
     @property
@@ -127,6 +129,10 @@ class Balancer(Generic[R]):
         """Send nothing more to this one; harmless if it is not known."""
         self._loads.pop(replica, None)
 
+    def arrange(self, replicas: Iterable[R]) -> None:
+        """Open the replicas in this order, which names all of them, from now on."""
+        self._loads = {replica: self._loads[replica] for replica in replicas}
+
     def pause(self, replica: R) -> None:
         """Send nothing to this one for a while; it keeps its place. Harmless if not known."""
         load = self._loads.get(replica)
@@ -145,6 +151,7 @@ class Balancer(Generic[R]):
         load = self._loads.get(replica)
         if load is not None:
             load.own += rows
+            load.reported = None
             total = sum([each.rows for each in self._loads.values()])
             self._crowd = max(total, self._crowd - rows * _RECEDING)
 
@@ -163,7 +170,10 @@ class Balancer(Generic[R]):
         if load is not None:
             for other in self._loads.values():
                 other.others *= 1 - _FADING
-            here.others = float(max(0, load - here.own))
+            # The answers of one batch come one after the other, with one load: the first tells.
+            if load != here.reported:
+                here.reported = load
+                here.others = float(max(0, load - here.own))
         here.own = max(0, here.own - rows)
         self._answered.append(replica)
 

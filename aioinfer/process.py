@@ -24,8 +24,15 @@ import aioinfer.arguments as arguments
 from aioinfer.blocking import new_event_loop
 from aioinfer.clock import MonotonicClock
 from aioinfer.errors import ServerClosedError, ServerDiedError
-from aioinfer.hosted import ANSWER_S, HostedServer, check, described, rebuilt, respond
-from aioinfer.near import NearExecutor
+from aioinfer.hosted import (
+    ANSWER_S,
+    HostedServer,
+    check,
+    described,
+    near_executor,
+    rebuilt,
+    respond,
+)
 from aioinfer.server import InferenceServer
 from aioinfer.stats import ServerStats
 from aioinfer.transports.mp import MPTransport
@@ -329,7 +336,7 @@ def _serve(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole terminal
     threading.Thread(target=_outlive_nobody_for_long, args=(parent,), daemon=True).start()
     try:
-        options = {"executor": _executor(options), **options}
+        options = {"executor": near_executor(options), **options}
         server = InferenceServer(factory(), transport, **options)
         gc.collect()
         gc.freeze()  # modules and policy stay; looking through them would hold up a batch
@@ -341,14 +348,6 @@ def _serve(
             runner.run(_run(server, control, parent))
         except* OSError:  # the parent has ended, and nobody listens any more
             pass
-
-
-def _executor(options: dict[str, Any]) -> NearExecutor | None:
-    """Nobody else needs this process's loop; but a device has one thread that uses it."""
-    if options.get("devices") is not None:
-        return None
-    device = options.get("device")
-    return NearExecutor() if device is None or torch.device(device).type == "cpu" else None
 
 
 async def _run(server: InferenceServer, control: Connection, parent: int) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import anyio
+import torch
 
 from aioinfer.errors import ServerClosedError
 from aioinfer.hosted import Answer, described, respond
@@ -40,8 +41,15 @@ class Replica:
                 await self._server.aclose(drain=False)
 
     async def _serve(
-        self, factory: Callable[[], Any], transport: InferenceTransport, options: dict[str, Any]
+        self,
+        factory: Callable[[], Any],
+        transport: InferenceTransport,
+        options: dict[str, Any],
+        weights: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
-        server = InferenceServer(factory(), transport, **options)
+        policy = factory()
+        if weights is not None:
+            policy.load_state_dict(weights)
+        server = InferenceServer(policy, transport, **options)
         await server.__aenter__()
         self._server = server

@@ -130,13 +130,17 @@ class ReplicatedServer(HostedServer):
         try:
             worked, answer = await self._answer_of(replica, what, *args)
         except Exception as error:
-            if self._replicas.get(number) is replica:
-                self._replicas[number] = None  # some clusters end whoever calls a dead actor again
+            self._lost(number, replica)
             reason = str(error) or type(error).__name__
             raise ServerDiedError(f"replica {number} has died: {reason}") from error
         if not worked:
             raise rebuilt(answer)
         return answer
+
+    def _lost(self, number: int, replica: Any) -> None:
+        """An actor has died, or gives no sign of life."""
+        if self._replicas.get(number) is replica:
+            self._replicas[number] = None  # some clusters end whoever calls a dead actor again
 
     async def _answer_of(self, replica: Any, what: str, *args: Any) -> Answer:
         """What it answers, however long that takes, as long as it shows that it lives."""
@@ -198,10 +202,13 @@ class ReplicatedServer(HostedServer):
         try:
             with contextlib.suppress(ServerClosedError, ServerDiedError, TimeoutError):
                 async with asyncio.timeout(None if timeout is None else timeout + ANSWER_S):
-                    await self._ask("close", timeout, drain)
+                    await self._close_all(timeout, drain)
         finally:
             with anyio.CancelScope(shield=True):
                 await self._end()
+
+    async def _close_all(self, timeout: float | None, drain: bool) -> None:
+        await self._ask("close", timeout, drain)
 
     def shutdown(self, timeout: float | None = None, *, drain: bool = True) -> None:
         """Close all replicas; :meth:`aclose` for threads."""

@@ -1,6 +1,7 @@
 """Ray actors with vectorised gymnasium environments, and one policy that serves all of them.
 
-Starts a local Ray, runs, and prints a table. On a cluster, `ray.init(address="auto")` instead.
+The policy runs in Ray actors of its own, one or several. Starts a local Ray, runs, and prints a
+table. On a cluster, `ray.init(address="auto")` instead.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
 
-from aioinfer import InferenceServer, RayTransport
+from aioinfer import InferenceTransport, RayInferenceServer
 
 
 @ray.remote(num_cpus=0)
 class Explorer:
     """Steps a batch of environments; every step asks for all of their actions at once."""
 
-    def __init__(self, transport: RayTransport, envs: int) -> None:
+    def __init__(self, transport: InferenceTransport, envs: int) -> None:
         self.client: Any = transport.client()
         self.envs = gym.make_vec("CartPole-v1", num_envs=envs, vectorization_mode="sync")
 
@@ -48,26 +49,41 @@ class Explorer:
         return steps * len(observations), episodes, 1e3 * waited_s / steps
 
 
-async def main(actors: int, envs: int, steps: int, connection: Any) -> None:
+def make_policy() -> TensorDictModule:
+    """Build the policy, in the actor that serves it."""
+    torch.set_num_threads(1)
     network = nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 2))
-    policy = TensorDictModule(network, in_keys=["observation"], out_keys=["logits"])
-    transport = RayTransport(connection)
-    async with InferenceServer(policy, transport, max_batch_size=actors * envs) as server:
-        explorers = [Explorer.remote(transport, envs) for _ in range(actors)]
+    return TensorDictModule(network, in_keys=["observation"], out_keys=["logits"])
+
+
+async def main(actors: int, envs: int, steps: int, replicas: int, connection: Any) -> None:
+    server = RayInferenceServer(
+        make_policy,
+        replicas,
+        ray_options={"num_cpus": 0},  # with a GPU for each: {"num_gpus": 1}, and device="cuda"
+        connection=connection,
+        max_batch_size=actors * envs,
+    )
+    explorers = [Explorer.remote(server.transport, envs) for _ in range(actors)]
+    async with server:
         await asyncio.gather(*[each.explore.remote(1, 0) for each in explorers])  # all are up
-        server.stats(reset=True)
+        await server.astats(reset=True)
         started_at = time.perf_counter()
         found = await asyncio.gather(
             *[each.explore.remote(steps, number) for number, each in enumerate(explorers)]
         )
         seconds = time.perf_counter() - started_at
-        stats = server.stats()
+        stats = await server.astats()
     print("actor  steps  episodes  latency")
     for number, (made, episodes, latency_ms) in enumerate(found):
         print(f"{number:5}  {made:5}  {episodes:8}  {latency_ms:4.1f} ms")
     made = sum(each[0] for each in found)
     print(f"{made} steps in {seconds:.1f} s: {made / seconds:.0f} steps/s")
-    print(f"{stats.requests} requests in {stats.batches} batches of {stats.rows} rows in all")
+    for number, of_replica in stats.items():
+        print(
+            f"replica {number}: {of_replica.requests} requests, "
+            f"{of_replica.rows} rows in {of_replica.batches} batches"
+        )
 
 
 if __name__ == "__main__":
@@ -75,9 +91,10 @@ if __name__ == "__main__":
     parser.add_argument("--actors", type=int, default=8)
     parser.add_argument("--envs", type=int, default=4, help="environments of each actor")
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--replicas", type=int, default=1, help="actors that serve the policy")
     parser.add_argument("--connection", choices=["auto", "direct", "rpc"], default="auto")
     options = parser.parse_args()
     torch.set_num_threads(1)
     ray.init(num_cpus=2, include_dashboard=False, object_store_memory=80 * 1024 * 1024)
-    asyncio.run(main(options.actors, options.envs, options.steps, options.connection))
+    asyncio.run(main(**vars(options)))
     ray.shutdown()

@@ -151,7 +151,7 @@ def test_ray_actors_are_served() -> None:
     """The example starts Ray, and every step of every environment was served."""
     said = succeeded(run(RAY, "--actors", "2", "--envs", "3", "--steps", "20"))
     assert "120 steps in" in said
-    assert "40 requests in" in said
+    assert "replica 0: 40 requests, 120 rows in" in said
 
 
 @pytest.mark.parametrize("name", SHORTEST)

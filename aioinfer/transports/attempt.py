@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from concurrent.futures import InvalidStateError
 from typing import Any, Protocol
 
@@ -58,10 +58,16 @@ class Replica:
             known.closed = True
             self.transport.leave(known)
 
-    def leave_all(self) -> None:
-        """All of them are, as far as this replica is concerned."""
-        for source in list(self.sources):
-            self.leave(source)
+    def let_go(self) -> Callable[[], None]:
+        """Forget all of our clients; return what says goodbye for them, to be called unlocked."""
+        sources, self.sources = list(self.sources.values()), weakref.WeakKeyDictionary()
+
+        def say_goodbye() -> None:
+            for source in sources:
+                source.closed = True
+                self.transport.leave(source)
+
+        return say_goodbye
 
 
 class Attempt:

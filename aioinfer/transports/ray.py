@@ -59,7 +59,10 @@ class RayTransport(RemoteTransport):
     ) -> None:
         ray = require_ray(type(self).__name__)
         super().__init__(connection, host=host, port=port, tls=tls)
-        self._relay = _new_relay(ray)
+        self._relay = self._new_relay(ray)
+
+    def _new_relay(self, ray: Any) -> Any:
+        return _new_relay(ray)
 
     def _start(self) -> None:
         super()._start()
@@ -90,23 +93,41 @@ class RayTransport(RemoteTransport):
 
     async def _call(self, channel: PendingChannel, found: Found) -> RpcCarrier:
         carrier = await super()._call(channel, found)
-        stay = self._relay.stay.remote(carrier.id)
-        self._relay.watch.remote(carrier.id, [stay])
+        relay = self._relay_of(found)
+        stay = relay.stay.remote(carrier.id)
+        relay.watch.remote(carrier.id, [stay])
         return carrier
 
+    def _relay_of(self, found: Found) -> Any:
+        return self._relay
+
     async def _find(self) -> Found:
+        found = await self._told(self._relay.find.remote())
+        if found is None:
+            raise no_server()
+        server, where = found
+        return found_at(server, where, self._relay)
+
+    async def _told(self, answer: Any) -> Any:
+        """What a call of the relay returns.
+
+        Raises:
+            ServerDiedError: it has gone.
+        """
         ray = importlib.import_module("ray")
         try:
-            found = await self._relay.find.remote()
+            return await answer
         except ray.exceptions.RayError as error:
             raise ServerDiedError(
                 "the actor by which server and clients find each other has gone; the process "
                 f"that made this {type(self).__name__} must outlive its use"
             ) from error
-        if found is None:
-            raise no_server()
-        server, (address, callable_) = found
-        return Found(server, address, self._relay.exchange.remote if callable_ else None)
+
+
+def found_at(server: Any, where: Any, relay: Any) -> Found:
+    """A server as its relay tells of it."""
+    address, callable_ = where
+    return Found(server, address, relay.exchange.remote if callable_ else None)
 
 
 def require_ray(who: str) -> Any:
@@ -122,6 +143,11 @@ def require_ray(who: str) -> Any:
 
 
 def _new_relay(ray: Any) -> Any:
+    return light_actor(ray, relays.Relay)
+
+
+def light_actor(ray: Any, kind: type) -> Any:
+    """A new actor, near this process, of a class of :mod:`aioinfer.transports.ray_relay`."""
     if not ray.is_initialized():
         ray.init()
     here = ray.get_runtime_context().get_node_id()
@@ -130,7 +156,7 @@ def _new_relay(ray: Any) -> Any:
     ray.cloudpickle.register_pickle_by_value(relays)
     try:
         return (
-            ray.remote(relays.Relay)
+            ray.remote(kind)
             .options(num_cpus=0, max_concurrency=MAX_CONCURRENCY, scheduling_strategy=near)
             .remote()
         )

@@ -1,9 +1,10 @@
-"""The meeting point of a server and its clients: a Ray actor, one per transport.
+"""The meeting points of servers and clients: a Ray actor for each transport.
 
 It tells clients where the server listens and, for those that cannot connect to it, forwards their
 calls (:mod:`aioinfer.transports.rpc`). Ray can call actors but no program that drives them, so
 the server does not wait to be called: it asks for calls, and brings the answers to earlier ones
-along.
+along. For a server with replicas one actor, the desk, does this for all of them, and tells clients
+which there are.
 
 This module imports nothing of the package, nor torch: its class is sent to the cluster by value,
 and the actor needs neither the memory nor the seconds that torch takes.
@@ -224,7 +225,77 @@ class Relay:
         self._forever[name] = asyncio.get_running_loop().create_future()
         await self._forever[name]
 
+    async def end(self) -> None:
+        """Its server has ended, and there will be no other."""
+        if self._server is not None:
+            await self.withdraw(self._server.name, [], DIED)
+        for watching in self._watched.values():
+            watching.cancel()
+        self._watched.clear()
+        for name in list(self._forever):
+            self._let_go(name)
+
     def _let_go(self, name: bytes) -> None:
         stay = self._forever.pop(name, None)
         if stay is not None and not stay.done():
             stay.set_result(None)
+
+
+class Desk:
+    """What the actor of a server with replicas does: a relay for each, and the list of them."""
+
+    def __init__(self) -> None:
+        self._relays: dict[Any, Relay] = {}
+        self._version = 0
+        self._names: tuple[Any, ...] = ()
+        self._open = False
+        self._news: asyncio.Future[None] | None = None
+
+    # -- for the server that has the replicas -------------------------------
+
+    async def open(self, name: Any) -> None:
+        """A replica is about to start."""
+        self._relays[name] = Relay()
+
+    async def publish(self, version: int, names: tuple[Any, ...], is_open: bool) -> None:
+        """These replicas serve; or none, as the server is closed or all of them have died."""
+        if version <= self._version:  # overtaken
+            return
+        self._version, self._names, self._open = version, names, is_open
+        news, self._news = self._news, None
+        if news is not None:
+            news.set_result(None)
+
+    async def drop(self, name: Any) -> None:
+        """A replica has ended, and nobody will have its name again."""
+        relay = self._relays.pop(name, None)
+        if relay is not None:
+            await relay.end()
+
+    # -- for clients --------------------------------------------------------
+
+    async def changed(self, version: int) -> tuple[int, tuple[Any, ...]]:
+        """The names of the replicas that serve, once they are other than at this version."""
+        while self._version <= version:
+            if self._news is None:
+                self._news = asyncio.get_running_loop().create_future()
+            await asyncio.shield(self._news)
+        return self._version, self._names
+
+    async def find_any(self) -> tuple[bool, tuple[Any, bytes, Any] | None]:
+        """Whether the server is open; and of a replica that serves its name and what finds it."""
+        for name in self._names:
+            relay = self._relays.get(name)
+            found = None if relay is None else await relay.find()
+            if found is not None:
+                return True, (name, *found)
+        return self._open, None
+
+    # -- for both -----------------------------------------------------------
+
+    async def relay(self, name: Any, method: str, *args: Any) -> Any:
+        """Do what the relay of a replica does."""
+        relay = self._relays.get(name)
+        if relay is None:  # it has ended; its relay knows of no server, and waits for none
+            return None if method == "stay" else await getattr(Relay(), method)(*args)
+        return await getattr(relay, method)(*args)

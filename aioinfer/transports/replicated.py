@@ -12,7 +12,7 @@ import contextlib
 import os
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
 import aioinfer.arguments as arguments
@@ -50,6 +50,7 @@ class ReplicatedTransport(InferenceTransport):
         room: rows that one replica has room for, before a second one is used too; ``None`` for
             what the replicas themselves say, where they do, from what their forwards cost.
         retry: whether requests of a replica that goes away are sent to another one.
+        otherwise: where to send a request if no replica is known to be there.
         clock: for tests.
     """
 
@@ -59,12 +60,17 @@ class ReplicatedTransport(InferenceTransport):
         *,
         room: int | None = None,
         retry: bool = True,
+        otherwise: InferenceTransport | None = None,
         clock: Clock | None = None,
     ) -> None:
         self._room = None if room is None else arguments.count("room", room)
         self._retry = arguments.flag("retry", retry)
         self._clock: Clock = MonotonicClock() if clock is None else clock
         self._replicas: dict[Hashable, Replica] = {}
+        self._otherwise: Replica | None = None
+        if otherwise is not None:
+            self._otherwise = Replica("otherwise", otherwise, None)
+            self._otherwise.removed = True  # it is no replica: nothing is learnt of it, nor kept
         self._begin()
         for name, transport in (replicas or {}).items():
             self.add(name, transport)
@@ -84,7 +90,8 @@ class ReplicatedTransport(InferenceTransport):
     def __reduce__(self) -> Any:
         with self._lock:
             replicas = [(r.name, r.transport, r.room) for r in self._replicas.values()]
-        return _elsewhere, (replicas, self._room, self._retry)
+        otherwise = None if self._otherwise is None else self._otherwise.transport
+        return _elsewhere, (replicas, self._room, self._retry, otherwise)
 
     # -- replicas -----------------------------------------------------------
 
@@ -109,21 +116,25 @@ class ReplicatedTransport(InferenceTransport):
         replica = Replica(name, transport, room)
         with self._lock:
             replaced = self._replicas.get(name)
-            if replaced is not None:
-                self._take_out(replaced)
+            goodbye = None if replaced is None else self._take_out(replaced)
             self._replicas[name] = replica
             self._balancer.add(replica, room)
-        if replaced is not None and not replaced.rows:
-            replaced.leave_all()
+        if goodbye is not None:
+            goodbye()
 
     def remove(self, name: Hashable) -> None:
         """Send nothing more to this one; what it has is still answered. Harmless if unknown."""
         with self._lock:
             replica = self._replicas.pop(name, None)
-            if replica is not None:
-                self._take_out(replica)
-        if replica is not None and not replica.rows:
-            replica.leave_all()
+            goodbye = None if replica is None else self._take_out(replica)
+        if goodbye is not None:
+            goodbye()
+
+    def arrange(self, names: Iterable[Hashable]) -> None:
+        """Use the replicas in this order, which names all of them, from now on."""
+        with self._lock:
+            self._replicas = {name: self._replicas[name] for name in names}
+            self._balancer.arrange(self._replicas.values())
 
     def rows_under_way(self, name: Hashable) -> int:
         """Return how many rows of this transport's clients a replica has not answered."""
@@ -131,11 +142,13 @@ class ReplicatedTransport(InferenceTransport):
             replica = self._replicas.get(name)
             return 0 if replica is None else replica.rows
 
-    def _take_out(self, replica: Replica) -> None:
+    def _take_out(self, replica: Replica) -> Callable[[], None] | None:
+        """Take a replica out, under the lock; return what is to be done after, if anything is."""
         replica.removed = True
         self._balancer.remove(replica)
         if replica in self._absent:
             self._absent.remove(replica)
+        return None if replica.rows else replica.let_go()
 
     # -- used by clients ----------------------------------------------------
 
@@ -200,7 +213,7 @@ class ReplicatedTransport(InferenceTransport):
 
     def leave(self, source: Source) -> None:
         # No lock here: this runs from finalizers, which may interrupt a thread that holds it.
-        for replica in list(self._replicas.values()):
+        for replica in self._all():
             replica.leave(source)
 
     # -- used by the server -------------------------------------------------
@@ -294,6 +307,8 @@ class ReplicatedTransport(InferenceTransport):
             if best not in tried:
                 return best
         # None is known to be there, so those that were not may be asked again.
+        if self._otherwise is not None and self._otherwise not in tried:
+            return self._otherwise
         left = [replica for replica in self._replicas.values() if replica not in tried]
         return min(left, key=lambda replica: replica.back_at, default=None)
 
@@ -313,9 +328,9 @@ class ReplicatedTransport(InferenceTransport):
             if well and replica.pause_s:
                 replica.pause_s = 0.0
                 self._return(replica)
-            last = replica.removed and not replica.rows
-        if last:
-            replica.leave_all()
+            goodbye = replica.let_go() if replica.removed and not replica.rows else None
+        if goodbye is not None:
+            goodbye()
         return True
 
     def _left(self, replica: Replica) -> None:
@@ -353,7 +368,12 @@ class ReplicatedTransport(InferenceTransport):
 
     def _others(self, attempt: Attempt) -> bool:
         with self._lock:
-            return any(replica not in attempt.tried for replica in self._replicas.values())
+            return any(replica not in attempt.tried for replica in self._all())
+
+    def _all(self) -> list[Replica]:
+        """The replicas, and what there is besides."""
+        replicas = list(self._replicas.values())
+        return replicas if self._otherwise is None else [*replicas, self._otherwise]
 
     def _background_loop(self) -> BackgroundLoop:
         with self._background_lock:
@@ -367,16 +387,20 @@ class ReplicatedTransport(InferenceTransport):
         """Forget, in a forked child, what is under way in the parent."""
         if self._background is not None:
             self._end_background.detach()
-        for replica in self._replicas.values():
+        for replica in self._all():
+            replica.rows = 0
             replica.sources = weakref.WeakKeyDictionary()
         self._begin()
 
 
 def _elsewhere(
-    replicas: list[tuple[Hashable, InferenceTransport, int | None]], room: int | None, retry: bool
+    replicas: list[tuple[Hashable, InferenceTransport, int | None]],
+    room: int | None,
+    retry: bool,
+    otherwise: InferenceTransport | None,
 ) -> ReplicatedTransport:
     """Make the transport in the process to which it was sent."""
-    transport = ReplicatedTransport(room=room, retry=retry)
+    transport = ReplicatedTransport(room=room, retry=retry, otherwise=otherwise)
     for name, of_replica, its_room in replicas:
         transport.add(name, of_replica, its_room)
     return transport

@@ -155,6 +155,26 @@ def test_a_replica_that_was_removed():
         loaded.choose()
 
 
+def test_answers_of_one_batch_tell_the_load_once():
+    """Rows answered one after another, with the load their batch had, are not taken for others'."""
+    mine = balancer("a", "b", room=4)
+    for _ in range(10):
+        assert send(mine, 1, 1, 1, 1) == ["a"] * 4
+        for _ in range(4):
+            mine.answered("a", 1, load=4)
+
+
+def test_an_order_that_is_given():
+    """Replicas are opened in the order that was given last; what they have stays."""
+    loaded = balancer("a", "b")
+    loaded.arrange(["b", "a"])
+    assert list(loaded) == ["b", "a"]
+    assert send(loaded, 1, 1) == ["b", "b"]
+    loaded.arrange(["a", "b"])
+    assert loaded.under_way("b") == 2
+    assert send(loaded, 1) == ["a"]
+
+
 def test_a_replica_that_is_paused():
     """It is not chosen and not counted until it is resumed, and keeps its place before others."""
     loaded = balancer("a", "b")
