@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from children import Child
 from conformance import remote
 from conformance.remote import LocalTransport
 from helpers import PATIENCE_S, action, doubling, row, wait_until
@@ -26,6 +27,7 @@ from aioinfer import (
     ServerClosedError,
     ServerDiedError,
 )
+from aioinfer.blocking import new_event_loop
 from aioinfer.testing import RecordingModel
 from aioinfer.transports import channel, direct, listener, peer, wire
 from aioinfer.transports.endpoint import (
@@ -108,6 +110,28 @@ def _let_in(connection: socket.socket, secret: bytes) -> None:
     handshake = ClientHandshake(secret)
     connection.sendall(handshake.opening)
     connection.sendall(handshake.answer(_receive(connection, CHALLENGE_NBYTES), 0.0))
+
+
+# -- forks --------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, new_event_loop])
+def test_a_forked_child_holds_no_connection_open(served: Served, loop: Any):
+    """The server notices the end of its client, though a process forked from that one lives."""
+    client = served.transport.async_client()
+
+    async def ask() -> Any:
+        return action(await client(row(3)))
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        assert runner.run(ask()) == 6
+        assert len(served.listener.peers) == 1
+        with Child(lambda said: said.hear()) as child:
+            assert runner.run(ask()) == 6
+            runner.close()
+            wait_until(lambda: not served.listener.peers, "the end of the connection")
+            assert child.ask("are you there?") == "are you there?"
 
 
 # -- the handshake ------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 import ssl
 import weakref
@@ -53,6 +54,9 @@ class Carrier(Protocol):
 
     def close(self) -> None:
         """Send what was written, and end."""
+
+    def forget(self) -> None:
+        """Let go of what a forked child has inherited, and touch nothing else."""
 
 
 class PendingChannel(OnLoop):
@@ -123,6 +127,11 @@ class PendingChannel(OnLoop):
             await asyncio.wait([self._connected])
         if self.gone is not None:
             raise self._gone()
+
+    def forget(self) -> None:
+        super().forget()
+        if self._carrier is not None:
+            self._carrier.forget()
 
     def _put(self, data: bytes, descriptor: int | None = None) -> None:
         if self.gone is not None:
@@ -207,6 +216,13 @@ class StreamCarrier(asyncio.Protocol):
         if not self._loop.is_closed():
             self._flush()
             self._transport.close()
+
+    def forget(self) -> None:
+        # The event loop believes that the descriptor is its own, so it is not closed: that would
+        # happen to whatever has its number next. From now on it leads nowhere.
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        os.dup2(nowhere, self._transport.get_extra_info("socket").fileno())
+        os.close(nowhere)
 
 
 async def connect(

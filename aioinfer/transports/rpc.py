@@ -124,6 +124,9 @@ class RpcCarrier:
         else:  # it is on its way
             self._say_ended()
 
+    def forget(self) -> None:
+        self._over = True
+
     def _say_ended(self, _: object = None) -> None:
         if not self.ended.done():
             self.ended.set_result(None)
