@@ -1,135 +1,65 @@
-"""Ray actors that ask a served policy: requests per second, beside TorchRL and a bare echo.
+"""Requests per second of Ray actors, beside TorchRL's RayTransport and bare echoes.
 
-Every variant serves the same MLP (8-64-4, 8 floats in) to the same actors, in one run. The echo is
-asyncio TCP between the same processes with 64 bytes and no server behind it; it says what the
-machine can do.
+As in ``in_process.py``, whose pieces this script uses: everybody is measured in one run and in
+turns, and what counts is the median of the rounds, because only ratios within one run mean
+anything. There are actors in processes of their own that ask without a pause, 8 of them one
+request at a time or 4 of them with 8 coroutines each. Contenders:
+
+-   ``RayTransport`` over direct connections, with the server in an actor, and an MLP (8-64-4);
+-   the same, in calls;
+-   a bare echo of 64 bytes over asyncio's streams, a connection per coroutine;
+-   a bare echo of 64 bytes in calls of an async actor, one for each request;
+-   TorchRL's ``RayTransport`` with the same policy, its server in this process. It is measured
+    last, all rounds in a row, as its threads never rest.
+
+Then ``RayInferenceServer`` with one replica and with two, for a policy that sleeps for 5 ms, in
+batches of at most 8; and what the simulator foretells of both.
+
+    python tests/benchmarks/ray_actors.py --help
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
+import dataclasses
+import json
 import os
 import statistics
+import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
-import ray
 import torch
-from tensordict import TensorDict
-from tensordict.nn import TensorDictModule
-from torch import nn
+from in_process import (
+    OtherProcesses,
+    Target,
+    describe_machine,
+    note,
+    number,
+    print_targets,
+    ratio,
+    warn_if_busy,
+)
 
-from aioinfer import InferenceServer, RayTransport
+import aioinfer
+from aioinfer.simulation import Clients, Constant, LinearCost, simulate
 
 ROOT = Path(__file__).resolve().parents[2]
+ACTORS, COROUTINES, BATCH = 4, 8, 8
+ONE, MANY = "8 actors x 1", "4 actors x 8"
+DIRECT, CALLS = "aioinfer, direct connections", "aioinfer, calls"
+TCP, BARE, TORCHRL = "bare TCP echo", "bare calls", "TorchRL"
+Rounds = dict[str, list[float]]
 
 
-def make_policy() -> TensorDictModule:
-    network = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 4))
-    return TensorDictModule(network, in_keys=["observation"], out_keys=["action"])
+def start_ray() -> Any:
+    """Start a local Ray whose actors find what they import."""
+    import ray
 
-
-class Actor:
-    """Asks for as long as it is told, in several coroutines at once."""
-
-    def __init__(self) -> None:
-        torch.set_num_threads(1)
-
-    async def use(self, transport: RayTransport) -> None:
-        self.client: Any = transport.client()
-        await self.client(TensorDict({"observation": torch.zeros(8)}))
-
-    async def ask(self, coroutines: int, seconds: float) -> float:
-        """Requests per second."""
-        done, end = 0, time.perf_counter() + seconds
-
-        async def act() -> None:
-            nonlocal done
-            while time.perf_counter() < end:
-                await self.client(TensorDict({"observation": torch.zeros(8)}))
-                done += 1
-
-        await asyncio.gather(*[act() for _ in range(coroutines)])
-        return done / seconds
-
-    async def echo(self, host: str, port: int, coroutines: int, seconds: float) -> float:
-        done, end = 0, time.perf_counter() + seconds
-
-        async def act() -> None:
-            nonlocal done
-            reader, writer = await asyncio.open_connection(host, port)
-            while time.perf_counter() < end:
-                writer.write(bytes(64))
-                await reader.readexactly(64)
-                done += 1
-            writer.close()
-
-        await asyncio.gather(*[act() for _ in range(coroutines)])
-        return done / seconds
-
-
-class Echo:
-    """Answers with what it is sent."""
-
-    async def listen(self) -> tuple[str, int]:
-        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            while data := await reader.read(1 << 16):
-                writer.write(data)
-            writer.close()
-
-        self.server = await asyncio.start_server(answer, "127.0.0.1", 0)
-        host, port = self.server.sockets[0].getsockname()
-        return host, port
-
-
-class Server:
-    """Serves the policy."""
-
-    def serve(self, transport: RayTransport) -> None:
-        torch.set_num_threads(1)
-        self.server = InferenceServer(make_policy(), transport, max_batch_size=64).start()
-
-
-class TorchRLActor:
-    """Asks TorchRL's server, one request at a time."""
-
-    def __init__(self, client: Any) -> None:
-        torch.set_num_threads(1)
-        self.client = client
-
-    def ask(self, seconds: float) -> float:
-        self.client(TensorDict({"observation": torch.zeros(8)}))
-        done, end = 0, time.perf_counter() + seconds
-        while time.perf_counter() < end:
-            self.client(TensorDict({"observation": torch.zeros(8)}))
-            done += 1
-        return done / seconds
-
-
-def torchrl(actors: int, seconds: float) -> float:
-    from torchrl.modules.inference_server import InferenceServer as Theirs
-    from torchrl.modules.inference_server import RayTransport as TheirTransport
-
-    transport = TheirTransport()
-    clients = [transport.client() for _ in range(actors)]
-    with Theirs(make_policy(), transport, max_batch_size=64):
-        light = ray.remote(num_cpus=0)(TorchRLActor)
-        asking = [light.remote(client) for client in clients]
-        found = ray.get([each.ask.remote(seconds) for each in asking])
-    for each in asking:
-        ray.kill(each)
-    return sum(found)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=2.0)
-    parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
     ray.init(
         num_cpus=2,
         include_dashboard=False,
@@ -142,43 +72,218 @@ def main() -> None:
             }
         },
     )
+    return ray
+
+
+def total(ray: Any, calls: Sequence[Any]) -> float:
+    """What all of them made together."""
+    return float(sum(ray.get(list(calls))))
+
+
+def in_turns(contenders: dict[str, Callable[[], float]], rounds: int) -> Rounds:
+    """Measure everybody in every round, another one first each time."""
+    results: Rounds = {name: [] for name in contenders}
+    for turn in range(rounds):
+        order = list(contenders)[turn % len(contenders) :]
+        for name in [*order, *(n for n in contenders if n not in order)]:
+            results[name].append(contenders[name]())
+    return results
+
+
+def links(ray: Any, actors: list[Any], rounds: int, seconds: float) -> Rounds:
+    """Measure the links, and what there is to compare them with."""
+    from _ray_load import Echo, Server
+
     light = ray.remote(num_cpus=0)
-    actors = [light(Actor).remote() for _ in range(8)]
-    echo = light(Echo).remote()
+    echo, server = light(Echo).remote(), light(Server).remote()
     address = ray.get(echo.listen.remote())
-    transports = {kind: RayTransport(kind) for kind in ("direct", "rpc")}
-    servers = []
-    for transport in transports.values():
-        servers.append(light(Server).remote())
-        ray.get(servers[-1].serve.remote(transport))
+    transports = {DIRECT: aioinfer.RayTransport("direct"), CALLS: aioinfer.RayTransport("rpc")}
+    ray.get(server.serve.remote(list(transports.values())))
+    contenders: dict[str, Callable[[], float]] = {}
+    for size, (some, coroutines) in {ONE: (actors, 1), MANY: (actors[:4], COROUTINES)}.items():
 
-    found: dict[str, list[float]] = {}
+        def ask(name: str, some: list[Any] = some, coroutines: int = coroutines) -> float:
+            ray.get([each.use.remote(transports[name]) for each in some])
+            return total(ray, [each.ask.remote(coroutines, seconds) for each in some])
 
-    def measure(name: str, calls: Any) -> None:
-        found.setdefault(name, []).append(sum(ray.get(list(calls))))
+        def ask_tcp(some: list[Any] = some, coroutines: int = coroutines) -> float:
+            return total(ray, [e.ask_echo.remote(address, coroutines, seconds) for e in some])
 
-    for _ in range(options.rounds):
-        s = options.seconds
-        for kind, transport in transports.items():
-            ray.get([each.use.remote(transport) for each in actors])
-            measure(f"{kind}, 8 actors x 1", [each.ask.remote(1, s) for each in actors])
-            measure(f"{kind}, 4 actors x 8", [each.ask.remote(8, s) for each in actors[:4]])
-        measure("bare echo, 8 x 1", [each.echo.remote(*address, 1, s) for each in actors])
-        measure("bare echo, 4 x 8", [each.echo.remote(*address, 8, s) for each in actors[:4]])
-    for each in [*actors, *servers, echo]:
+        def ask_bare(some: list[Any] = some, coroutines: int = coroutines) -> float:
+            return total(ray, [e.ask_bare.remote(echo, coroutines, seconds) for e in some])
+
+        contenders[f"{DIRECT}, {size}"] = lambda ask=ask: ask(DIRECT)
+        contenders[f"{CALLS}, {size}"] = lambda ask=ask: ask(CALLS)
+        contenders[f"{TCP}, {size}"] = ask_tcp
+        contenders[f"{BARE}, {size}"] = ask_bare
+    results = in_turns(contenders, rounds)
+    for each in (server, echo):
         ray.kill(each)
-    theirs = torchrl(8, options.seconds * options.rounds)
-    medians = {name: statistics.median(values) for name, values in found.items()}
-    for name, value in medians.items():
-        print(f"{name:24} {value:8.0f} req/s")
-    print(f"{'TorchRL, 8 actors x 1':24} {theirs:8.0f} req/s")
-    print()
-    print(f"direct over TorchRL, 8 x 1: {medians['direct, 8 actors x 1'] / theirs:6.1f}  (goal 25)")
-    print(f"rpc over TorchRL, 8 x 1:    {medians['rpc, 8 actors x 1'] / theirs:6.1f}  (goal 5)")
-    ratio = medians["direct, 4 actors x 8"] / medians["bare echo, 4 x 8"]
-    print(f"direct over echo, 4 x 8:    {ratio:6.2f}  (goal 0.4)")
+    return results
+
+
+def torchrl(ray: Any, actors: list[Any], rounds: int, seconds: float) -> Rounds:
+    """Measure TorchRL's server, at its best: 8 actors, which is what it is for."""
+    from _ray_load import make_policy
+    from torchrl.modules.inference_server import InferenceServer, RayTransport
+
+    transport = RayTransport()
+    clients = [transport.client() for _ in actors]
+    found = []
+    with InferenceServer(make_policy(), transport, max_batch_size=64):
+        ray.get([a.use_theirs.remote(c) for a, c in zip(actors, clients, strict=True)])
+        for _ in range(rounds):
+            found.append(total(ray, [each.ask_theirs.remote(seconds) for each in actors]))
+    return {f"{TORCHRL}, {ONE}": found}
+
+
+def replicas(
+    ray: Any, actors: list[Any], rounds: int, seconds: float
+) -> tuple[Rounds, dict[str, float]]:
+    """Measure one replica and two; return also what a forward and the way cost, in seconds."""
+    from _ray_load import Sleeping
+
+    servers = {
+        count: aioinfer.RayInferenceServer(
+            Sleeping, count, ray_options={"num_cpus": 0}, max_batch_size=BATCH
+        )
+        for count in (1, 2)
+    }
+    some = actors[:ACTORS]
+    with servers[1], servers[2]:
+        ray.get(some[0].use.remote(servers[1].transport))
+        lone_s = 1 / ray.get(some[0].ask.remote(1, seconds))
+
+        def ask(count: int) -> float:
+            ray.get([each.use.remote(servers[count].transport) for each in some])
+            return total(ray, [each.ask.remote(COROUTINES, seconds) for each in some])
+
+        for count in servers:
+            ask(count)  # what a replica has room for is learnt
+        results = in_turns({"one replica": lambda: ask(1), "two replicas": lambda: ask(2)}, rounds)
+        forward_s = servers[1].stats()[0].p50_forward_ms / 1000
+    return results, {"forward_s": forward_s, "network_s": max(0.0, (lone_s - forward_s) / 2)}
+
+
+def foretold(costs: dict[str, float]) -> dict[str, float]:
+    """What the simulator makes of the same."""
+    return {
+        name: simulate(
+            [Clients(ACTORS * COROUTINES, Constant(0.0), per_process=COROUTINES)],
+            LinearCost(fixed=costs["forward_s"], per_row=0.0),
+            max_batch_size=BATCH,
+            replicas=count,
+            network=costs["network_s"],
+            warmup=1.0,
+            duration=4.0,
+        ).throughput
+        for name, count in {"one replica": 1, "two replicas": 2}.items()
+    }
+
+
+def targets(medians: dict[str, float], simulated: dict[str, float]) -> list[Target]:
+    """Compare what was measured with what the project wants."""
+    theirs = medians.get(f"{TORCHRL}, {ONE}")
+    return [
+        Target(f"direct, {ONE}: of TorchRL", ratio(medians[f"{DIRECT}, {ONE}"], theirs), 25, None),
+        Target(f"calls, {ONE}: of TorchRL", ratio(medians[f"{CALLS}, {ONE}"], theirs), 5, None),
+        Target(
+            f"direct, {MANY}: of the bare TCP echo",
+            ratio(medians[f"{DIRECT}, {MANY}"], medians[f"{TCP}, {MANY}"]),
+            0.4,
+            None,
+        ),
+        Target(
+            f"calls, {MANY}: of bare calls",
+            ratio(medians[f"{CALLS}, {MANY}"], medians[f"{BARE}, {MANY}"]),
+            1.0,
+            None,
+        ),
+        Target(
+            "two replicas: of one",
+            ratio(medians["two replicas"], medians["one replica"]),
+            1.9,
+            None,
+        ),
+        *[
+            Target(f"{name}: of what was foretold", ratio(medians[name], rate), 0.85, 1.15)
+            for name, rate in simulated.items()
+        ],
+    ]
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description="Measure aioinfer with Ray actors.")
+    parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
+    parser.add_argument(
+        "--seconds", type=float, default=1.0, help="of one measurement; default: %(default)s"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the JSON line there too")
+    args = parser.parse_args(argv)
+    if args.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {args.rounds}")
+    if args.seconds <= 0:
+        parser.error(f"--seconds must be more than 0, got {args.seconds}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, report; return the exit status."""
+    args = parse(argv)
+    try:
+        import ray as ray
+    except ImportError:
+        note("Ray is not installed, so nothing is measured: pip install 'aioinfer[ray]'")
+        return 0
+    from _ray_load import Actor
+
+    torch.set_num_threads(1)
+    machine = describe_machine()
+    print(", ".join(f"{name} {version}" for name, version in machine["versions"].items()))
+    print(f"{machine['cores']} cores", flush=True)
+    before = OtherProcesses()
+    time.sleep(1.0)
+    busy_before = warn_if_busy(before, "in the second before the start")
+    ray = start_ray()
+    actors = [ray.remote(num_cpus=0)(Actor).remote() for _ in range(8)]
+    found, costs = replicas(ray, actors, args.rounds, args.seconds)
+    results = {**links(ray, actors, args.rounds, args.seconds), **found}
+    try:
+        results |= torchrl(ray, actors, args.rounds, args.seconds)
+    except ImportError:
+        note("TorchRL is not installed, so there is nothing to compare with")
     ray.shutdown()
+    medians = {name: statistics.median(figures) for name, figures in results.items()}
+    simulated = foretold(costs)
+    print(f"\n{'requests/s, medians':46}{'':>10}{'min':>10}{'max':>10}")
+    for name, figures in results.items():
+        print(f"  {name:44}{medians[name]:10,.0f}{min(figures):10,.0f}{max(figures):10,.0f}")
+    for name, rate in simulated.items():
+        print(f"  {name + ', foretold':44}{rate:10,.0f}")
+    print(
+        f"  a forward {1000 * costs['forward_s']:.2f} ms, one way {number(1e6 * costs['network_s'])} us"
+    )
+    wanted = targets(medians, simulated)
+    print_targets(wanted)
+    line = json.dumps(
+        {
+            "benchmark": "ray_actors",
+            **machine,
+            "others_cpu_before": busy_before,
+            "options": {key: value for key, value in vars(args).items() if key != "json"},
+            "medians": medians,
+            "rounds": results,
+            "costs": costs,
+            "foretold": simulated,
+            "targets": [{**dataclasses.asdict(target), "met": target.met} for target in wanted],
+        }
+    )
+    print("\n" + line)
+    if args.json is not None:
+        args.json.write_text(line + "\n", encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

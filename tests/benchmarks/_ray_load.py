@@ -1,0 +1,124 @@
+"""What runs in the Ray actors of ``ray_actors.py``; apart, so that they can import it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModule
+from torch import nn
+
+from aioinfer import InferenceServer, InferenceTransport
+
+
+def make_policy() -> TensorDictModule:
+    """The policy that everybody serves, 8 floats in."""
+    torch.set_num_threads(1)
+    network = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 4))
+    return TensorDictModule(network, in_keys=["observation"], out_keys=["action"])
+
+
+class Sleeping(nn.Module):
+    """A policy whose forward leaves the CPU alone, as that of a GPU would."""
+
+    in_keys, out_keys = ["observation"], ["action"]
+
+    def forward(self, td: TensorDictBase) -> TensorDictBase:
+        time.sleep(0.005)
+        return td.set("action", td["observation"])
+
+
+def request() -> TensorDict:
+    return TensorDict({"observation": torch.zeros(8)})
+
+
+class Actor:
+    """Asks for as long as it is told, in several coroutines at once; says how often a second."""
+
+    def __init__(self) -> None:
+        torch.set_num_threads(1)
+
+    async def use(self, transport: InferenceTransport) -> None:
+        self.client: Any = transport.client()
+        await self.client(request())
+
+    async def ask(self, coroutines: int, seconds: float) -> float:
+        return await _closed_loops(coroutines, seconds, lambda: self.client(request()))
+
+    async def ask_bare(self, server: Any, coroutines: int, seconds: float) -> float:
+        """A remote call for each request, and nothing else."""
+
+        async def ask() -> None:
+            await server.echo.remote(bytes(64))
+
+        return await _closed_loops(coroutines, seconds, ask)
+
+    async def ask_echo(self, address: tuple[str, int], coroutines: int, seconds: float) -> float:
+        done, end = 0, time.perf_counter() + seconds
+
+        async def act() -> None:
+            nonlocal done
+            reader, writer = await asyncio.open_connection(*address)
+            while time.perf_counter() < end:
+                writer.write(bytes(64))
+                await reader.readexactly(64)
+                done += 1
+            writer.close()
+
+        await asyncio.gather(*[act() for _ in range(coroutines)])
+        return done / seconds
+
+    async def use_theirs(self, client: Any) -> None:
+        """Ask TorchRL's server once, whose start takes long."""
+        self.theirs = client
+        await asyncio.to_thread(client, request())
+
+    async def ask_theirs(self, seconds: float) -> float:
+        def ask() -> float:
+            done, end = 0, time.perf_counter() + seconds
+            while time.perf_counter() < end:
+                self.theirs(request())
+                done += 1
+            return done / seconds
+
+        return await asyncio.to_thread(ask)
+
+
+async def _closed_loops(coroutines: int, seconds: float, ask: Any) -> float:
+    done, end = 0, time.perf_counter() + seconds
+
+    async def act() -> None:
+        nonlocal done
+        while time.perf_counter() < end:
+            await ask()
+            done += 1
+
+    await asyncio.gather(*[act() for _ in range(coroutines)])
+    return done / seconds
+
+
+class Echo:
+    """Answers with what it is sent, on a connection and in calls."""
+
+    async def listen(self) -> tuple[str, int]:
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            while data := await reader.read(1 << 16):
+                writer.write(data)
+            writer.close()
+
+        self.server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        host, port = self.server.sockets[0].getsockname()
+        return host, port
+
+    async def echo(self, data: bytes) -> bytes:
+        return data
+
+
+class Server:
+    """A server in an actor of one's own."""
+
+    def serve(self, transports: list[InferenceTransport]) -> None:
+        self.server = InferenceServer(make_policy(), transports, max_batch_size=64).start()
