@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import importlib
 import math
 from collections.abc import Callable, Mapping
@@ -30,7 +29,7 @@ class MonarchInferenceServer(ReplicatedServer):
 
     Args:
         policy_factory: called in each process without arguments; returns the policy. It must be
-            picklable. ``monarch.actor.current_rank()`` says which process it is.
+            picklable.
         proc_mesh: the processes; they stay when the server is closed. ``None`` to start some on
             this host.
         per_host: how many, as ``spawn_procs(per_host=...)`` takes it; ``None`` for one. They end
@@ -87,6 +86,8 @@ class MonarchInferenceServer(ReplicatedServer):
             MonarchTransport(connection, host=host, tls=tls, log_faults=log_faults)
             for _ in range(count)
         ]
+        self._to_stop: list[Any] = []
+        """What ends with the server: its processes, or its actors on the processes given."""
         super().__init__(
             ReplicatedTransport(dict(enumerate(self._transports)), room=room, retry=retry),
             start_timeout,
@@ -97,11 +98,20 @@ class MonarchInferenceServer(ReplicatedServer):
     async def _open(self) -> None:
         actor = importlib.import_module("monarch.actor")
         replica = importlib.import_module("aioinfer.monarch_replica").MonarchReplica
+        # Monarch says at which place of its mesh an actor has died, counted from the mesh's first
+        # process, and who waits for an actor listens for its place in the mesh of all processes.
+        # So an actor must not be spawned on a part of a mesh that begins elsewhere than the whole:
+        # a call to it would wait for ever once its process is killed.
+        count = len(self._transports)
         if self._own_procs:
-            self._procs = actor.this_host().spawn_procs(per_host=self._per_host)
-        procs = self._procs.flatten("replica")
-        for number in range(len(self._transports)):
-            self._replicas[number] = procs.slice(replica=number).spawn("aioinfer_replica", replica)
+            host, alone = actor.this_host(), dict.fromkeys(self._per_host, 1)
+            self._to_stop = [host.spawn_procs(per_host=alone) for _ in range(count)]
+            actors = [procs.spawn("aioinfer_replica", replica) for procs in self._to_stop]
+        else:
+            replicas = self._procs.flatten("replica").spawn("aioinfer_replica", replica)
+            self._to_stop = [replicas]
+            actors = [replicas.slice(replica=number) for number in range(count)]
+        self._replicas = dict(enumerate(actors))
         await asyncio.gather(*[self._serve(number) for number in self._replicas])
 
     async def _serve(self, number: int) -> None:
@@ -114,14 +124,12 @@ class MonarchInferenceServer(ReplicatedServer):
         return answer
 
     async def _end(self) -> None:
-        replicas, self._replicas = self._replicas, {}
-        with contextlib.suppress(Exception):  # they have ended already
-            async with asyncio.timeout(_STOP_S):
-                if self._own_procs and replicas:
-                    await self._procs.stop()
-                else:
-                    for replica in replicas.values():
-                        if replica is not None:
-                            await replica.stop()
-        if self._own_procs:
-            self._procs = None
+        self._replicas = {}
+        meshes, self._to_stop = self._to_stop, []
+        # Each of them may have ended already.
+        await asyncio.gather(*(_stopped(mesh) for mesh in meshes), return_exceptions=True)
+
+
+async def _stopped(mesh: Any) -> None:
+    async with asyncio.timeout(_STOP_S):
+        await mesh.stop()
