@@ -22,12 +22,13 @@ from aioinfer.transports.mp import MPTransport
 from aioinfer.transports.ray import RayTransport
 from aioinfer.transports.threading import ThreadingTransport
 from aioinfer.weights import torchrl as torchrl  # it registers itself
-from aioinfer.weights.base import Ticket, WeightSyncScheme
+from aioinfer.weights.base import WeightSyncScheme
 from aioinfer.weights.delivery import SendReport
 from aioinfer.weights.distributed import DistributedWeightSyncScheme
 from aioinfer.weights.in_process import InProcessWeightSyncScheme
+from aioinfer.weights.mailbox import Staged
 from aioinfer.weights.manifest import Manifest
-from aioinfer.weights.receiving import Staged
+from aioinfer.weights.sending import Ticket
 from aioinfer.weights.shared_memory import SharedMemWeightSyncScheme
 
 __version__ = "0.1.0"

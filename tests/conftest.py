@@ -24,7 +24,7 @@ try:
 except ImportError:  # there is none for every platform
     uvloop = None
 
-pytest.register_assert_rewrite("helpers")
+pytest.register_assert_rewrite("helpers", "weights")
 
 LEFT_BEHIND_S = 5.0
 """Seconds that threads have to end, and descriptors to close, after a test."""

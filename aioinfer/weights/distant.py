@@ -14,12 +14,13 @@ from typing import Any
 
 from aioinfer.errors import WeightSyncError
 from aioinfer.weights import threads
-from aioinfer.weights.base import Link, Ticket, WeightSyncScheme
+from aioinfer.weights.base import Link, WeightSyncScheme
 from aioinfer.weights.delivery import Delivery, Stage
 from aioinfer.weights.doorbell import Doorbell
 from aioinfer.weights.hub import Hub
 from aioinfer.weights.reading import Weights
 from aioinfer.weights.receiving import Receiver
+from aioinfer.weights.sending import Ticket
 from aioinfer.weights.slots import Source
 
 _log = logging.getLogger("aioinfer")

@@ -20,7 +20,7 @@ import torch
 
 from aioinfer.clock import duration_of
 from aioinfer.weights import threads
-from aioinfer.weights.base import Ticket, WeightSyncScheme
+from aioinfer.weights.base import WeightSyncScheme
 from aioinfer.weights.buffers import Pieces
 from aioinfer.weights.copying import copy_tensors
 from aioinfer.weights.delivery import Delivery
@@ -31,6 +31,7 @@ from aioinfer.weights.manifest import Manifest
 from aioinfer.weights.reading import Weights
 from aioinfer.weights.receiving import Receiver
 from aioinfer.weights.rendezvous import dist, meet
+from aioinfer.weights.sending import Ticket
 from aioinfer.weights.slots import Interrupted
 
 _log = logging.getLogger("aioinfer")
@@ -206,6 +207,7 @@ class _DistributedSender(Hub):
             _log.debug("%s cannot be sent weights: %s", peer.name, error)
         finally:
             self.drop(peer)
+            peer.channel = None
 
     def _is_wanted(self, peer: Peer) -> bool:
         over = self.closed or peer not in self.peers

@@ -9,11 +9,12 @@ from typing import Any
 
 from aioinfer.clock import MonotonicClock
 from aioinfer.weights import threads
-from aioinfer.weights.base import Link, Ticket, WeightSyncScheme
+from aioinfer.weights.base import Link, WeightSyncScheme
 from aioinfer.weights.copying import copy_tensors
 from aioinfer.weights.delivery import Delivery, Stage
 from aioinfer.weights.reading import Weights
 from aioinfer.weights.receiving import Receiver
+from aioinfer.weights.sending import Ticket
 from aioinfer.weights.slots import AtHand
 
 _clock = MonotonicClock()

@@ -1,26 +1,17 @@
-"""Who weights are sent to: a server that serves them, or a mailbox that somebody empties."""
+"""Who weights are sent to: above all, a server that serves them."""
 
 from __future__ import annotations
 
 import abc
-import asyncio
-import contextlib
 import dataclasses
 import itertools
 import os
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Literal, Protocol
-
-import torch
-from torch import nn
 
 import aioinfer.arguments as arguments
 from aioinfer.clock import Clock
-from aioinfer.weights.copying import copy_tensors
 from aioinfer.weights.delivery import Stage
-from aioinfer.weights.manifest import plan
-from aioinfer.weights.reading import Weights, read_module, set_extra_state
 from aioinfer.weights.slots import Interrupted, Mode, Outdated, Slots, Source
 
 
@@ -68,7 +59,6 @@ class Receiver(abc.ABC):
     def watch(self, announced: Callable[[], int]) -> None:
         """``announced()`` is the newest version that there is or will be."""
 
-    @abc.abstractmethod
     def publish(
         self,
         source: Source,
@@ -89,6 +79,36 @@ class Receiver(abc.ABC):
             taking: how to take them.
             timeout: seconds that this may wait for batches; ``None`` for as long as they take.
         """
+        try:
+            self._take(source, version, epoch, note, taking, timeout)
+        except TimeoutError:
+            return  # whoever waits notices
+        except Interrupted as error:
+            note(Stage.GONE, str(error))
+        except Exception as error:
+            self._refused()
+            serves = error.serves if isinstance(error, Outdated) else 0
+            note(Stage.REFUSED, str(error) or repr(error), serves)
+
+    @abc.abstractmethod
+    def _take(
+        self,
+        source: Source,
+        version: int,
+        epoch: int,
+        note: Note,
+        taking: Taking,
+        timeout: float | None,
+    ) -> None:
+        """Take the weights, and note that.
+
+        Raises:
+            Exception: they were not taken, and why.
+        """
+
+    @abc.abstractmethod
+    def _refused(self) -> None:
+        """Weights were refused."""
 
 
 StalenessPolicy = Literal["reject", "wait", "tag"]
@@ -220,40 +240,25 @@ class ServedWeights(Receiver):
         """``announced()`` is the newest version that there is or will be."""
         self._freshness.watch(announced)
 
-    def publish(
+    def _take(
         self,
         source: Source,
         version: int,
         epoch: int,
         note: Note,
-        *,
         taking: Taking,
-        timeout: float | None = None,
+        timeout: float | None,
     ) -> None:
         """Serve the weights from the next batch on."""
-        try:
-            skipped = self._slots.publish(
-                source,
-                version,
-                epoch=epoch,
-                mode=taking.mode,
-                cast=taking.cast,
-                partial=taking.partial,
-                timeout=timeout,
-            )
-        except Outdated as error:
-            self._count("weights_refused", 1)
-            note(Stage.REFUSED, str(error), error.serves)
-            return
-        except TimeoutError:
-            return  # whoever waits notices
-        except Interrupted as error:
-            note(Stage.GONE, str(error))
-            return
-        except Exception as error:
-            self._count("weights_refused", 1)
-            note(Stage.REFUSED, str(error) or repr(error))
-            return
+        skipped = self._slots.publish(
+            source,
+            version,
+            epoch=epoch,
+            mode=taking.mode,
+            cast=taking.cast,
+            partial=taking.partial,
+            timeout=timeout,
+        )
         self._freshness.announce(version)
         self._freshness.renewed()
         self._count("weight_updates", 1)
@@ -261,137 +266,5 @@ class ServedWeights(Receiver):
         note(Stage.APPLIED)
         self._changed()
 
-
-class Staged:
-    """Weights that have arrived whole, and are not applied yet.
-
-    Attributes:
-        version: theirs.
-        epoch: of their sender.
-        manifest: what they consist of.
-    """
-
-    def __init__(
-        self, weights: Weights, version: int, epoch: int, apply: Callable[[Staged], None]
-    ) -> None:
-        self.version = version
-        self.epoch = epoch
-        self.manifest = weights.manifest
-        self._weights = weights
-        self._apply = apply
-
-    @property
-    def weights(self) -> Mapping[str, torch.Tensor]:
-        """The tensors by name, every leaf once."""
-        names = (leaf.name for leaf in self.manifest.leaves)
-        return dict(zip(names, self._weights.tensors, strict=True))
-
-    def apply(self) -> None:
-        """Write them into the model that was given to ``init_on_receiver``, in place."""
-        self._apply(self)
-
-
-class Mailbox(Receiver):
-    """Keeps the newest weights until somebody asks for them.
-
-    Args:
-        model_id: what the weights are called.
-        model: what they must fit, and where they go when they are applied.
-    """
-
-    def __init__(self, model_id: str, model: nn.Module) -> None:
-        super().__init__(model_id)
-        self._model = model
-        self._newest: tuple[Staged, Note] | None = None
-        self._version = 0
-        self._epoch = 0
-        self.closed = False
-        """Whether nothing more will come."""
-        self._waiting: list[asyncio.Future[None]] = []
-        self._lock = threading.Lock()
-        read_module(model)  # refuses what has no weights yet
-
-    @property
-    def version(self) -> int:
-        """The newest version that arrived."""
-        return self._version
-
-    def announce(self, version: int) -> None:
-        """Nothing follows from it here."""
-
-    def watch(self, announced: Callable[[], int]) -> None:
-        """Nothing follows from it here."""
-
-    def publish(
-        self,
-        source: Source,
-        version: int,
-        epoch: int,
-        note: Note,
-        *,
-        taking: Taking,
-        timeout: float | None = None,
-    ) -> None:
-        """Keep a copy of the weights."""
-        try:
-            if epoch < self._epoch or version <= self._version:
-                message = f"version {version} is not newer than {self._version}, which arrived"
-                raise Outdated(message, self._version)
-            served = read_module(self._model)
-            found = plan(served.manifest, source.manifest, cast=taking.cast, partial=taking.partial)
-            mine = served.clone()
-            targets: list[torch.Tensor | None] = [None] * len(source.manifest.leaves)
-            for tensor, index in zip(mine.tensors, found, strict=True):
-                if index is not None:
-                    targets[index] = tensor
-            source.copy_into(targets, whole=False)
-            mine.extra = {**mine.extra, **source.extra}
-        except Exception as error:
-            serves = error.serves if isinstance(error, Outdated) else 0
-            note(Stage.REFUSED, str(error) or repr(error), serves)
-            return
-        with self._lock:
-            replaced, self._newest = self._newest, (Staged(mine, version, epoch, self._apply), note)
-            self._version, self._epoch = version, epoch
-        if replaced is not None:
-            replaced[1](Stage.SUPERSEDED)
-        note(Stage.STAGED)
-        self._wake()
-
-    def arrival(self, loop: asyncio.AbstractEventLoop) -> asyncio.Future[None]:
-        """Return a future of ``loop`` that is done once something arrives after this call."""
-        future = loop.create_future()
-        with self._lock:
-            self._waiting.append(future)
-        return future
-
-    def take(self) -> Staged | None:
-        """Return what has arrived and was not taken yet."""
-        with self._lock:
-            if self._newest is None:
-                return None
-            (staged, self._note), self._newest = self._newest, None
-            return staged
-
-    def close(self) -> None:
-        """Nothing more will come."""
-        self.closed = True
-        self._wake()
-
-    def _wake(self) -> None:
-        with self._lock:
-            waiting, self._waiting = self._waiting, []
-        for future in waiting:
-            with contextlib.suppress(RuntimeError):  # its loop is closed
-                future.get_loop().call_soon_threadsafe(_wake, future)
-
-    def _apply(self, staged: Staged) -> None:
-        served = read_module(self._model)
-        copy_tensors(served.tensors, staged._weights.tensors)
-        set_extra_state(self._model, staged._weights.extra)
-        self._note(Stage.APPLIED)
-
-
-def _wake(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
+    def _refused(self) -> None:
+        self._count("weights_refused", 1)

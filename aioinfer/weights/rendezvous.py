@@ -7,6 +7,10 @@ No third party is needed that could be slow, or gone, or talked to by others.
 
 from __future__ import annotations
 
+import ctypes
+import os
+import threading
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,8 +21,9 @@ from aioinfer.weights.doorbell import Doorbell
 
 dist: Any = torch.distributed  # its stubs leave out what it exports
 
-_CONNECT_TIMEOUT = duration_of(5.0)
-"""For Gloo to connect, once both ends have told each other where."""
+_CONNECT_TIMEOUT = duration_of(1.0)
+"""For Gloo to connect, once both ends have told each other where. It tries five times, also if the
+other end has died meanwhile."""
 _Store: Any = dist.Store if dist.is_available() else object
 
 
@@ -77,13 +82,53 @@ def meet(doorbell: Doorbell, rank: int) -> Any:
         A ``ProcessGroupGloo`` of size 2.
 
     Raises:
-        OSError: the other end is gone.
-        RuntimeError: Gloo could not connect the two.
+        OSError: the other end is gone, or Gloo could not connect the two.
     """
-    options = dist.ProcessGroupGloo._Options()
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname=doorbell.host)]
-    options._timeout = _CONNECT_TIMEOUT
     store = _DoorbellStore(doorbell)
-    group = dist.ProcessGroupGloo(store, rank, 2, options)
+    try:
+        # No variable holds the options: an error would, and with them what Gloo has opened.
+        group = dist.ProcessGroupGloo(store, rank, 2, _options(doorbell.host))
+    except RuntimeError as error:
+        raise ConnectionError(f"Gloo could not connect: {error}") from None
+    with _groups_lock:
+        _groups.add(group)
     store.met()
     return group
+
+
+def _options(host: str) -> Any:
+    options = dist.ProcessGroupGloo._Options()
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
+    options._timeout = _CONNECT_TIMEOUT
+    return options
+
+
+# A forked child must never end a group of its parent. The group's threads are not there; its end
+# would wait for them, and then take the process down.
+
+_groups: weakref.WeakSet[Any] = weakref.WeakSet()
+_groups_lock = threading.Lock()
+_kept: list[Any] = []
+
+
+def _before_fork() -> None:
+    _groups_lock.acquire()
+    _kept.extend(_groups)
+
+
+def _after_fork_in_parent() -> None:
+    _kept.clear()
+    _groups_lock.release()
+
+
+def _after_fork_in_child() -> None:
+    for group in _kept:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+    _after_fork_in_parent()
+
+
+os.register_at_fork(
+    before=_before_fork,
+    after_in_parent=_after_fork_in_parent,
+    after_in_child=_after_fork_in_child,
+)

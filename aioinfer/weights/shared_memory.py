@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from aioinfer.transports.address import Address
-from aioinfer.weights.base import Ticket, WeightSyncScheme
+from aioinfer.weights.base import WeightSyncScheme
 from aioinfer.weights.buffers import PIECE_NBYTES, Announcement, Buffer, Pieces
 from aioinfer.weights.distant import DistantLink, DistantScheme
 from aioinfer.weights.doorbell import Doorbell
 from aioinfer.weights.reading import Weights
 from aioinfer.weights.receiving import Receiver
+from aioinfer.weights.sending import Ticket
 from aioinfer.weights.shared_sender import Sender
 from aioinfer.weights.slots import Interrupted
 

@@ -14,12 +14,13 @@ import os
 import pickle
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from helpers import InThread, row, wait_until, within
+from helpers import InThread, row, until, wait_until, within
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
@@ -31,6 +32,7 @@ from aioinfer import (
     WeightSyncError,
     WeightSyncScheme,
 )
+from aioinfer.weights.slots import Slots, Source
 
 from .models import Everything, Uniform, everything_of
 
@@ -53,9 +55,6 @@ def check(reply: Any, seen: int) -> int:
 
 class Hooks:
     """What a scheme's tests say about it."""
-
-    crosses = True
-    """Whether its ends can be in different processes."""
 
     def scheme(self, **options: Any) -> WeightSyncScheme:
         """A new scheme."""
@@ -160,6 +159,12 @@ class SchemeConformance(Hooks):
     def test_no_response_is_torn_inplace(self) -> None:
         """1: nor with one copy of the weights."""
         self.bombard(self.scheme(mode="inplace"), wait="applied", responses=RESPONSES // 10)
+
+    def test_a_careless_scheme(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """1: the two tests above fail for a scheme that writes into what serves, in passing."""
+        monkeypatch.setattr(Slots, "publish", publish_carelessly)
+        with pytest.raises(Torn):
+            self.bombard(self.scheme(), wait="none")
 
     # -- 2: only what was sent ----------------------------------------------
 
@@ -568,6 +573,7 @@ class SchemeConformance(Hooks):
         assert len(report.staged) == 1
         report = await within(trainer.asend(model=model.set_to(4), timeout=0.01))
         assert len(report.timed_out) == 1
+        await until(lambda: scheme._mailbox[0].version == 4)
         staged = await within(scheme.receive(timeout=0.0))
         assert staged is not None
         assert staged.version == 4  # the newest counts
@@ -575,7 +581,26 @@ class SchemeConformance(Hooks):
         await trainer.aclose()
         await scheme.aclose()
 
-    # -- 15: ten thousand updates -------------------------------------------
+    # -- 15: old weights; ten thousand updates ------------------------------
+
+    def test_what_is_known_to_be_newer(self) -> None:
+        """15: a server knows of versions that it could not take, and how far it is behind."""
+        scheme, model = self.scheme(), Uniform()
+        with self.server(Uniform, scheme, max_staleness=1) as server:
+            client = server.sync_client()
+            with self.trainer(scheme, model=Uniform(leaves=7)) as trainer:
+                self.joined(trainer)
+                assert trainer.send(model=Uniform(leaves=7)).refused
+                assert check(client(row(1)), 0) == 0
+                assert server.stats().policy_staleness == 1
+                assert trainer.send(model=Uniform(leaves=7)).refused
+                with pytest.raises(WeightSyncError, match="max_staleness=1"):
+                    client(row(1))
+            with self.trainer(scheme, model=model) as trainer:
+                self.joined(trainer)
+                assert trainer.send(model=model.set_to(3), version=3).ok
+                assert check(client(row(1)), 0) == 3
+                assert server.stats().policy_staleness == 0
 
     def test_nothing_grows(self) -> None:
         """15: 10,000 updates leave no memory, descriptors, threads or segments behind."""
@@ -585,20 +610,38 @@ class SchemeConformance(Hooks):
             self.server(lambda: Uniform(leaves=2, numel=16), scheme) as server,
         ):
             self.joined(trainer)
+            client = server.sync_client()
+            check(client(row(1)), 0)
             for version in range(1, 101):
                 trainer.send(model=model.set_to(version))
-            before = footprint()
+            before = footprints(server)
             for version in range(101, 10_001):
                 trainer.send(model=model.set_to(version), wait="none")
             assert trainer.send(model=model.set_to(10_001)).ok
-            assert check(server.sync_client()(row(1)), 0) == 10_001
-            after = footprint()
-        assert after[:2] == before[:2]
-        assert after[2] - before[2] < 10 << 20
+            assert check(client(row(1)), 0) == 10_001
+            after = footprints(server)
+        for now, then in zip(after, before, strict=True):
+            assert now[:2] == then[:2]
+            assert now[2] - then[2] < 10 << 20
 
 
-class ThroughAProcess(SchemeConformance):
-    """The server in a process of its own, the trainer in its parent."""
+def publish_carelessly(
+    self: Slots, source: Source, version: int, *, epoch: int = 0, **how: Any
+) -> int:
+    """Write into what serves, leaf by leaf, as a background thread of another library does."""
+    slot = self.current
+    self._check_newer(version, epoch)
+    targets = self._targets(source, slot, cast=False, partial=False)
+    for leaf in range(len(targets)):
+        alone = [target if index == leaf else None for index, target in enumerate(targets)]
+        source.copy_into(alone, whole=False)
+        time.sleep(0.001)  # a forward comes between, with certainty
+    slot.version, self.epoch = version, epoch
+    return 0
+
+
+class InAProcess(Hooks):
+    """The server in a process of its own."""
 
     @contextlib.contextmanager
     def server(
@@ -611,11 +654,20 @@ class ThroughAProcess(SchemeConformance):
             yield server
 
 
-def footprint() -> tuple[int, int, int]:
-    """Threads, descriptors, and bytes of this process."""
-    with open("/proc/self/statm") as file:
-        resident = int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
-    return threading.active_count(), len(os.listdir("/proc/self/fd")), resident
+class ThroughAProcess(InAProcess, SchemeConformance):
+    """The server in a process of its own, the trainer in its parent."""
+
+
+def footprints(server: Any) -> list[tuple[int, int, int]]:
+    """Threads, descriptors, and bytes: of this process, and of the server's if it has its own."""
+    pids = {os.getpid(), getattr(server, "pid", os.getpid())}
+    found = []
+    for pid in sorted(pids):
+        with open(f"/proc/{pid}/statm") as file:
+            resident = int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+        threads = len(os.listdir(f"/proc/{pid}/task"))
+        found.append((threads, len(os.listdir(f"/proc/{pid}/fd")), resident))
+    return found
 
 
 def linear() -> TensorDictModule:

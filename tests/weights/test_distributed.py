@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import multiprocessing
-import os
+import gc
 import pickle
-import signal
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -15,17 +13,16 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed
-from helpers import InThread, row, wait_until
+from helpers import InThread, row
 
-from aioinfer import DistributedWeightSyncScheme, InferenceServer, WeightSyncError, WeightSyncScheme
-from aioinfer.weights.distributed import _DistributedSender
+from aioinfer import DistributedWeightSyncScheme, InferenceServer, WeightSyncScheme
+from aioinfer.weights import rendezvous
+from aioinfer.weights.distributed import _Buckets, _DistributedSender
 from aioinfer.weights.doorbell import Doorbell
 from aioinfer.weights.rendezvous import _DoorbellStore, meet
 
-from .models import Uniform
-from .suite import SchemeConformance, ThroughAProcess, check
-
-FORK = multiprocessing.get_context("fork")
+from .ends import FORK, LEAVES, Death, Ours, TrainersElsewhere, small
+from .suite import InAProcess, SchemeConformance, ThroughAProcess, check
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -58,81 +55,51 @@ class TestThroughAProcess(OverGloo, ThroughAProcess):
     test_compiled_models = None
 
 
-def small(value: float = 0.0) -> Uniform:
-    return Uniform(leaves=3, numel=16, value=value)  # a bucket is as large as a leaf
+class Ends(OverGloo):
+    deaths = (
+        Death(_DoorbellStore, "get", sent=0),
+        Death(_DoorbellStore, "met", sent=0),
+        Death(_DistributedSender, "write"),
+        Death(_Buckets, "pack"),  # after the header
+        *[Death(_DistributedSender, "_sent", leaves) for leaves in range(1, LEAVES + 1)],
+        Death(_DistributedSender, "_answered", sent=2),
+    )
+
+    @pytest.fixture(autouse=True)
+    def _impatience(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Let Gloo try for half a second to connect to an end that died since it said where."""
+        monkeypatch.setattr(rendezvous, "_CONNECT_TIMEOUT", datetime.timedelta(seconds=0.1))
+
+    def in_leaves(self, **options: Any) -> DistributedWeightSyncScheme:
+        scheme = self.scheme(**options)
+        scheme._bucket_nbytes = 64  # a bucket is as large as a leaf
+        return scheme
 
 
-class Mortal(DistributedWeightSyncScheme):
-    """Its trainer is killed once it has sent so many buckets of version 2."""
-
-    _bucket_nbytes = 64
-
-    def __init__(self, buckets: int) -> None:
-        super().__init__()
-        self.buckets = buckets
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "buckets": self.buckets}
-
-    def _make_sender(self, *args: Any) -> _DistributedSender:
-        sender = super()._make_sender(*args)
-
-        def sent(bucket: int) -> None:
-            if sender.version == 2 and bucket + 1 >= self.buckets:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        sender._sent = sent
-        return sender
+class TestTrainersElsewhere(Ends, TrainersElsewhere):
+    """The trainer in a child of the server's process."""
 
 
-def _train_and_die(scheme: Mortal) -> None:
-    model = small()
-    scheme.init_on_sender(model=model)
-    scheme.connect(10)
-    for version in (1, 2):
-        scheme.send(model=model.set_to(version))
+class TestSiblings(Ends, InAProcess, TrainersElsewhere):
+    """Trainer and server each in a process of its own."""
 
 
-@pytest.mark.parametrize("buckets", range(1, 4))
-def test_a_trainer_that_is_killed(buckets: int) -> None:
-    """5: killed after each bucket, the last whole version stays; a new trainer goes on above it."""
-    scheme = Mortal(buckets)
+class TestEnds(Ends, Ours):
+    """Senders and receivers that come and go."""
+
+
+def test_a_child_of_a_process_with_a_group() -> None:
+    """A child that is forked from a process with both ends of a group neither uses nor ends it."""
+    model, scheme = small(), DistributedWeightSyncScheme()
     with InferenceServer(small(), weight_sync=scheme) as server:
-        client = server.sync_client()
-        process = FORK.Process(target=_train_and_die, args=(scheme,))
-        process.start()
-        process.join(20)
-        assert process.exitcode == -signal.SIGKILL
-        wait_until(lambda: not server._link._offered.is_set(), "the end to be noticed")
-        assert check(client(row(1)), 0) == 1
-        scheme.buckets = 10
-        model = small()
         scheme.init_on_sender(model=model)
         scheme.connect(10)
-        report = scheme.send(model=model.set_to(2))
-        assert (report.version, len(report.applied)) == (2, 1)
-        assert check(client(row(1)), 1) == 2
-        scheme.close()
-
-
-def test_two_senders_at_once() -> None:
-    """9: a second sender of the same scheme is refused."""
-    scheme = DistributedWeightSyncScheme()
-    scheme.init_on_sender(model=Uniform())
-    with pytest.raises(WeightSyncError, match="another sender"):
-        pickle.loads(pickle.dumps(scheme)).init_on_sender(model=Uniform())
-    scheme.close()
-
-
-def test_who_does_not_know_the_token() -> None:
-    """A process that does not know the token is told nothing."""
-    scheme = DistributedWeightSyncScheme()
-    scheme.init_on_sender(model=Uniform(value=3), version=3)
-    stranger = pickle.loads(pickle.dumps(scheme))
-    stranger._address = stranger._address._replace(token=bytes(32))
-    with InferenceServer(Uniform(), weight_sync=stranger) as server:
-        assert check(server.sync_client()(row(1)), 0) == 0
-    assert not scheme._sender.peers
+        process = FORK.Process(target=gc.collect)
+        process.start()
+        process.join(20)
+        assert process.exitcode == 0
+        assert scheme.send(model=model.set_to(1)).ok
+        assert check(server.sync_client()(row(1)), 0) == 1
     scheme.close()
 
 

@@ -6,22 +6,18 @@ import pickle
 from typing import Any
 
 import pytest
-import torch
+from helpers import row
 
-from aioinfer import InProcessWeightSyncScheme, ProcessInferenceServer
-from aioinfer.weights.delivery import Delivery, Stage
-from aioinfer.weights.in_process import _InProcessLink
-from aioinfer.weights.reading import Weights
-from aioinfer.weights.receiving import Receiver
+from aioinfer import InferenceServer, InProcessWeightSyncScheme, ProcessInferenceServer
+from aioinfer.weights import slots
+from aioinfer.weights.copying import copy_tensors
 
 from .models import Uniform
-from .suite import Hooks, SchemeConformance, Torn
+from .suite import SchemeConformance, check
 
 
 class TestInProcess(SchemeConformance):
     """Trainer and server share a process."""
-
-    crosses = False
 
     def scheme(self, **options: Any) -> InProcessWeightSyncScheme:
         return InProcessWeightSyncScheme(**options)
@@ -35,29 +31,24 @@ class TestInProcess(SchemeConformance):
             ProcessInferenceServer(Uniform, weight_sync=scheme)
 
 
-class _Careless(_InProcessLink):
-    """Writes into what serves, leaf by leaf, as a background thread of another library does."""
+def test_a_trainer_that_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """5: Ctrl-C after each leaf of a copy: the last whole version stays, and a new one comes."""
+    model, scheme = Uniform(leaves=3), InProcessWeightSyncScheme()
+    scheme.init_on_sender(model=model)
+    with InferenceServer(Uniform(leaves=3), weight_sync=scheme) as server:
+        client, seen = server.sync_client(), 0
+        for leaves in range(4):
 
-    def publish(
-        self, weights: Weights, delivery: Delivery, epoch: int, timeout: float | None
-    ) -> None:
-        slot = self.receiver.slots.current
-        with torch.no_grad():
-            for target, source in zip(slot.model.parameters(), weights.tensors, strict=True):
-                target.copy_(source)
-        slot.version = delivery.version
-        delivery.note(self.receiver.name, Stage.APPLIED)
+            def copied(targets: Any, sources: Any, leaves: int = leaves) -> None:
+                copy_tensors(targets[:leaves], sources[:leaves])
+                raise KeyboardInterrupt
 
-
-class _CarelessScheme(InProcessWeightSyncScheme):
-    def _make_link(self, receiver: Receiver) -> _Careless:
-        return _Careless(self, receiver)
-
-
-class TestThatTheTornReadTestCanFail(Hooks):
-    """1: a scheme that does not keep the promise is found out."""
-
-    def test_a_careless_scheme(self) -> None:
-        """1: the torn-read test fails for a scheme that writes into what serves."""
-        with pytest.raises(Torn):
-            self.bombard(_CarelessScheme(), wait="applied")
+            with monkeypatch.context() as patched:
+                patched.setattr(slots, "copy_tensors", copied)
+                with pytest.raises(KeyboardInterrupt):
+                    scheme.send(model=model.set_to(-1))
+            assert check(client(row(1)), 0) == seen
+            seen += 2  # the interrupted one has used a version up
+            assert scheme.send(model=model.set_to(seen)).applied
+            assert check(client(row(1)), 0) == seen
+    scheme.close()
