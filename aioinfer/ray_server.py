@@ -27,7 +27,7 @@ from aioinfer.errors import ServerClosedError, ServerDiedError
 from aioinfer.hosted import Answer, check, rebuilt
 from aioinfer.replicated_server import ReplicatedServer, blocking
 from aioinfer.transports.endpoint import TlsFactory
-from aioinfer.transports.ray import require_ray
+from aioinfer.transports.ray import MAX_CONCURRENCY, require_ray
 from aioinfer.transports.ray_replicas import Door, Name, RayReplicas
 from aioinfer.transports.remote import ConnectionKind
 
@@ -40,7 +40,10 @@ FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 30.0
 _AT_EXIT_S = 2.0
 """Seconds that a program which forgot to close its server takes longer to end, at most."""
-_NOT_FOR_REPLICAS = {"get_if_exists", "lifetime", "max_task_retries", "name", "namespace"}
+_NOT_FOR_REPLICAS = {
+    *("concurrency_groups", "get_if_exists", "lifetime", "max_concurrency", "max_task_retries"),
+    *("name", "namespace"),
+}
 _OF_ANOTHER_HOST = {"devices", "output_device"}
 """Options that cannot be checked here."""
 
@@ -438,6 +441,7 @@ def _new_actors(ray: Any, options: Mapping[str, Any] | None) -> tuple[Callable[[
         )
     replica = importlib.import_module("aioinfer.ray_replica").RayReplica
     try:
-        return ray.remote(replica).options(**known).remote, max_restarts
+        actors = ray.remote(replica).options(**known, max_concurrency=MAX_CONCURRENCY)
+        return actors.remote, max_restarts
     except (TypeError, ValueError) as error:
         raise type(error)(f"ray_options={known!r} is refused by Ray: {error}") from error

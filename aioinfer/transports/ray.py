@@ -79,12 +79,17 @@ class RayTransport(RemoteTransport):
         if self._pump is not None:  # of a loop that was closed under its server
             await self._pump.withdraw()
         self._pump = _Pump(self._relay, hub)
-        if not await self._pump.announce((address, hub is not None)):
+        callee = None if hub is None else self._own_actor() or True
+        if not await self._pump.announce((address, callee)):
             self._pump = None
             raise RuntimeError(
                 f"this {type(self).__name__} already serves a server, in another process; "
                 "a transport serves one server at a time"
             )
+
+    def _own_actor(self) -> Any:
+        """The actor of the server, if it takes calls; else the relay does."""
+        return None
 
     async def _withdraw(self) -> None:
         pump, self._pump = self._pump, None
@@ -126,8 +131,10 @@ class RayTransport(RemoteTransport):
 
 def found_at(server: Any, where: Any, relay: Any) -> Found:
     """A server as its relay tells of it."""
-    address, callable_ = where
-    return Found(server, address, relay.exchange.remote if callable_ else None)
+    address, callee = where
+    if callee is True:
+        callee = relay
+    return Found(server, address, None if callee is None else callee.exchange.remote)
 
 
 def require_ray(who: str) -> Any:

@@ -1,9 +1,10 @@
 """The link to the replicas of a server on a Ray cluster, which come and go.
 
 All of them have one meeting point, the desk (:mod:`aioinfer.transports.ray_relay`). Each is
-reached like the server of a :class:`~aioinfer.RayTransport` whose relay is the desk, asked by the
-replica's name. A link that is used follows the list of names that the desk keeps; until it has
-heard, and if none of those it knows is there, the desk names one.
+found like the server of a :class:`~aioinfer.RayTransport` whose relay is the desk, asked by the
+replica's name; but calls, where they are made, go to the actor of the replica. A link that is
+used follows the list of names that the desk keeps; until it has heard, and if none of those it
+knows is there, the desk names one.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from aioinfer.transports.endpoint import TlsFactory
 from aioinfer.transports.ray import RayTransport, found_at, light_actor
 from aioinfer.transports.remote import ConnectionKind, Found
 from aioinfer.transports.replicated import ReplicatedTransport
+from aioinfer.transports.rpc import LEAVE, Answer
 
 
 class Name(NamedTuple):
@@ -127,9 +129,9 @@ class Door(RayTransport):
         """The handle of its actor."""
         return self._relay
 
-    def to(self, name: Name) -> RayTransport:
+    def to(self, name: Name) -> ReplicaTransport:
         """The way to this replica, for its clients and for itself."""
-        transport = RayTransport.__new__(RayTransport)
+        transport = ReplicaTransport.__new__(ReplicaTransport)
         transport.__setstate__(self.__getstate__() | {"_relay": _RelayOf(self.desk, name)})
         return transport
 
@@ -146,6 +148,19 @@ class Door(RayTransport):
     def _relay_of(self, found: Found) -> Any:
         name, _ = found.server
         return _RelayOf(self.desk, name)
+
+
+class ReplicaTransport(RayTransport):
+    """The way to one replica; its own actor takes the calls, where calls are made."""
+
+    def _own_actor(self) -> Any:
+        return importlib.import_module("ray").get_runtime_context().current_actor
+
+    async def exchange(self, connection: bytes, number: int, data: bytes) -> Answer:
+        """Take a call, in the actor of the replica."""
+        if self._hub is None:  # closed
+            return LEAVE, b""
+        return await self._hub.exchange(connection, number, data)
 
 
 class _RelayOf:

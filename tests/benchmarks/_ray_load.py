@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -56,20 +58,13 @@ class Actor:
 
         return await _closed_loops(coroutines, seconds, ask)
 
-    async def ask_echo(self, address: tuple[str, int], coroutines: int, seconds: float) -> float:
-        done, end = 0, time.perf_counter() + seconds
-
-        async def act() -> None:
-            nonlocal done
-            reader, writer = await asyncio.open_connection(*address)
-            while time.perf_counter() < end:
-                writer.write(bytes(64))
-                await reader.readexactly(64)
-                done += 1
-            writer.close()
-
-        await asyncio.gather(*[act() for _ in range(coroutines)])
-        return done / seconds
+    async def ask_echo(
+        self, address: tuple[str, int], coroutines: int, seconds: float, plain: bool
+    ) -> float:
+        """A connection for each coroutine, on this loop or, ``plain``, on one of asyncio's own."""
+        if plain:
+            return await asyncio.to_thread(_on_plain_loop, _echoes(address, coroutines, seconds))
+        return await _echoes(address, coroutines, seconds)
 
     async def use_theirs(self, client: Any) -> None:
         """Ask TorchRL's server once, whose start takes long."""
@@ -100,18 +95,55 @@ async def _closed_loops(coroutines: int, seconds: float, ask: Any) -> float:
     return done / seconds
 
 
+async def _echoes(address: tuple[str, int], coroutines: int, seconds: float) -> float:
+    done, end = 0, time.perf_counter() + seconds
+
+    async def act() -> None:
+        nonlocal done
+        reader, writer = await asyncio.open_connection(*address)
+        while time.perf_counter() < end:
+            writer.write(bytes(64))
+            await reader.readexactly(64)
+            done += 1
+        writer.close()
+
+    await asyncio.gather(*[act() for _ in range(coroutines)])
+    return done / seconds
+
+
+def _on_plain_loop(coroutine: Any) -> Any:
+    with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
+        return runner.run(coroutine)
+
+
+async def _listen() -> tuple[asyncio.Server, tuple[str, int]]:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(1 << 16):
+            writer.write(data)
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    return server, server.sockets[0].getsockname()
+
+
 class Echo:
     """Answers with what it is sent, on a connection and in calls."""
 
     async def listen(self) -> tuple[str, int]:
-        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            while data := await reader.read(1 << 16):
-                writer.write(data)
-            writer.close()
+        self.server, address = await _listen()
+        return address
 
-        self.server = await asyncio.start_server(answer, "127.0.0.1", 0)
-        host, port = self.server.sockets[0].getsockname()
-        return host, port
+    async def listen_plain(self) -> tuple[str, int]:
+        """Do so on an event loop of asyncio's own, for ever."""
+        listening: Future[tuple[str, int]] = Future()
+
+        async def serve() -> None:
+            server, address = await _listen()
+            listening.set_result(address)
+            await server.serve_forever()
+
+        threading.Thread(target=_on_plain_loop, args=(serve(),), daemon=True).start()
+        return await asyncio.wrap_future(listening)
 
     async def echo(self, data: bytes) -> bytes:
         return data
