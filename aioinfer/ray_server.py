@@ -23,27 +23,27 @@ import torch
 
 import aioinfer.arguments as arguments
 from aioinfer.blocking import BackgroundLoop
+from aioinfer.clock import MonotonicClock
 from aioinfer.errors import ServerClosedError, ServerDiedError
-from aioinfer.hosted import Answer, check, rebuilt
+from aioinfer.hosted import Answer, check, described, rebuilt
+from aioinfer.ray_replica import new_actors
 from aioinfer.replicated_server import ReplicatedServer, blocking
 from aioinfer.transports.endpoint import TlsFactory
-from aioinfer.transports.ray import MAX_CONCURRENCY, require_ray
+from aioinfer.transports.ray import require_ray
 from aioinfer.transports.ray_replicas import Door, Name, RayReplicas
 from aioinfer.transports.remote import ConnectionKind
 
 _log = logging.getLogger("aioinfer")
+_clock = MonotonicClock()
 
 T = TypeVar("T")
 
 FIRST_PAUSE_S = 0.5
-"""Seconds after which a replica that could not be replaced is tried again; then twice as long."""
+"""Seconds before a replica is replaced a second time in a row; then twice as long each time."""
 LONGEST_PAUSE_S = 30.0
+"""The longest of these pauses; and how long one must have lasted to be replaced at once again."""
 _AT_EXIT_S = 2.0
 """Seconds that a program which forgot to close its server takes longer to end, at most."""
-_NOT_FOR_REPLICAS = {
-    *("concurrency_groups", "get_if_exists", "lifetime", "max_concurrency", "max_task_retries"),
-    *("name", "namespace"),
-}
 _OF_ANOTHER_HOST = {"devices", "output_device"}
 """Options that cannot be checked here."""
 
@@ -108,7 +108,7 @@ class RayInferenceServer(ReplicatedServer):
         self._device = device
         self._options = options
         self._count = arguments.count("num_replicas", num_replicas)
-        self._new_actor, self._max_restarts = _new_actors(ray, ray_options)
+        self._new_actor, self._max_restarts = new_actors(ray, ray_options)
         self._serials = itertools.count()
         self._version = itertools.count(1)  # of the list of replicas
         self._names: dict[int, Name] = {}  # of those that serve
@@ -182,9 +182,8 @@ class RayInferenceServer(ReplicatedServer):
         leaving = [number for number in numbers if number in self._names]
         names = [self._names.pop(number) for number in leaving]
         await self._publish()
-        for number in leaving:
-            with contextlib.suppress(ServerDiedError, ServerClosedError):
-                await self._call(number, "close", None, drain)
+        calls = [self._call(number, "close", None, drain) for number in leaving]
+        await asyncio.gather(*calls, return_exceptions=True)
         for number in numbers:
             self._kill(self._replicas.pop(number, None))
         await self._drop(names)
@@ -222,18 +221,17 @@ class RayInferenceServer(ReplicatedServer):
     async def _keep(self, number: int, serving: asyncio.Future[None]) -> None:
         """Let there be a replica of this number, until cancelled."""
         ray = importlib.import_module("ray")
-        restarts, pause_s = 0, 0.0
-        while True:
+        failures = 0  # in a row
+        for restarts in itertools.count():
+            started_at = _clock()
             try:
                 actor = await self._start_replica(number)
             except Exception as error:
                 if not serving.done():  # who waits for it decides
                     serving.set_exception(error)
                     return
-                pause_s = min(2 * pause_s or FIRST_PAUSE_S, LONGEST_PAUSE_S)
                 _log.warning("replica %d cannot be replaced: %s", number, error)
             else:
-                pause_s = 0.0
                 if not serving.done():
                     serving.set_result(None)
                 await self._end_of(number, actor)
@@ -242,15 +240,16 @@ class RayInferenceServer(ReplicatedServer):
                 return
             if not ray.is_initialized():  # calling it would start another Ray
                 return
-            restarts += 1
-            await asyncio.sleep(pause_s)
+            failures = 0 if _clock() - started_at > LONGEST_PAUSE_S else failures + 1
+            await asyncio.sleep(_pause_s(failures))
 
     async def _start_replica(self, number: int) -> Any:
         """Start an actor, and let clients know once it serves the newest weights."""
         name = Name(number, next(self._serials))
         actor = self._new_actor()
+        within = asyncio.timeout(self._start_timeout)
         try:
-            async with asyncio.timeout(self._start_timeout):
+            async with within:
                 weights = self._weights
                 await self._at_desk("open", tuple(name))
                 await self._serve(actor, name, weights)
@@ -265,7 +264,7 @@ class RayInferenceServer(ReplicatedServer):
                 del self._names[number], self._replicas[number]
             with contextlib.suppress(ServerDiedError):
                 await self._drop([name])
-            if isinstance(error, TimeoutError):
+            if isinstance(error, TimeoutError) and within.expired():
                 raise ServerDiedError(
                     f"replica {number} was not ready within start_timeout="
                     f"{self._start_timeout} s; does the cluster have what ray_options asks for?"
@@ -391,7 +390,13 @@ class RayInferenceServer(ReplicatedServer):
         return await self._there(super()._ask, what, *args)
 
     async def _send(self, replica: Any, what: str, *args: Any) -> Answer:
-        answer: Answer = await replica.ask.remote(what, *args)
+        ray = importlib.import_module("ray")
+        try:
+            answer: Answer = await replica.ask.remote(what, *args)
+        except ray.exceptions.RayActorError:
+            raise
+        except Exception as error:  # something cannot be sent, or is lost; the replica lives
+            return False, described(error)
         return answer
 
     async def _there(self, function: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> T:
@@ -419,29 +424,14 @@ class _Weights(NamedTuple):
     version: int
 
 
+def _pause_s(failures: int) -> float:
+    """Before a replica is replaced that did not last, so often in a row."""
+    return 0.0 if failures <= 1 else min(FIRST_PAUSE_S * 2 ** (failures - 2), LONGEST_PAUSE_S)
+
+
 def _check_device(device: Any) -> None:
     try:  # it need not be one of this host
         if device is not None:
             torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"device must be a torch device or None, got {device!r}") from error
-
-
-def _new_actors(ray: Any, options: Mapping[str, Any] | None) -> tuple[Callable[[], Any], int]:
-    """What starts an actor, and how often one is to be replaced."""
-    if options is not None and not isinstance(options, Mapping):
-        raise TypeError(f"ray_options must be a mapping or None, got {options!r}")
-    known = dict(options or {})
-    for name in sorted(_NOT_FOR_REPLICAS.intersection(known)):
-        raise ValueError(f"ray_options must not have {name!r}, which the server decides itself")
-    max_restarts = known.pop("max_restarts", -1)
-    if isinstance(max_restarts, bool) or not isinstance(max_restarts, int) or max_restarts < -1:
-        raise ValueError(
-            f"max_restarts of ray_options must be an int >= 0, or -1, got {max_restarts!r}"
-        )
-    replica = importlib.import_module("aioinfer.ray_replica").RayReplica
-    try:
-        actors = ray.remote(replica).options(**known, max_concurrency=MAX_CONCURRENCY)
-        return actors.remote, max_restarts
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"ray_options={known!r} is refused by Ray: {error}") from error

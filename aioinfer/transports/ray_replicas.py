@@ -156,7 +156,7 @@ class ReplicaTransport(RayTransport):
     def _own_actor(self) -> Any:
         return importlib.import_module("ray").get_runtime_context().current_actor
 
-    async def exchange(self, connection: bytes, number: int, data: bytes) -> Answer:
+    async def take_call(self, connection: bytes, number: int, data: bytes) -> Answer:
         """Take a call, in the actor of the replica."""
         if self._hub is None:  # closed
             return LEAVE, b""
