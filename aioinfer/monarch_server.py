@@ -86,8 +86,9 @@ class MonarchInferenceServer(ReplicatedServer):
             MonarchTransport(connection, host=host, tls=tls, log_faults=log_faults)
             for _ in range(count)
         ]
-        self._to_stop: list[Any] = []
-        """What ends with the server: its processes, or its actors on the processes given."""
+        self._started: list[Any] = []
+        """The processes that end with the server."""
+        self._office: Any = None
         super().__init__(
             ReplicatedTransport(dict(enumerate(self._transports)), room=room, retry=retry),
             start_timeout,
@@ -96,38 +97,37 @@ class MonarchInferenceServer(ReplicatedServer):
     # -- what the cluster does ----------------------------------------------
 
     async def _open(self) -> None:
-        actor = importlib.import_module("monarch.actor")
-        replica = importlib.import_module("aioinfer.monarch_replica").MonarchReplica
-        # Monarch says at which place of its mesh an actor has died, counted from the mesh's first
-        # process, and who waits for an actor listens for its place in the mesh of all processes.
-        # So an actor must not be spawned on a part of a mesh that begins elsewhere than the whole:
-        # a call to it would wait for ever once its process is killed.
         count = len(self._transports)
+        self._office = self._transports[0]._office()
         if self._own_procs:
-            host, alone = actor.this_host(), dict.fromkeys(self._per_host, 1)
-            self._to_stop = [host.spawn_procs(per_host=alone) for _ in range(count)]
-            actors = [procs.spawn("aioinfer_replica", replica) for procs in self._to_stop]
+            host = importlib.import_module("monarch.actor").this_host()
+            alone = dict.fromkeys(self._per_host, 1)
+            procs = self._started = [host.spawn_procs(per_host=alone) for _ in range(count)]
         else:
-            replicas = self._procs.flatten("replica").spawn("aioinfer_replica", replica)
-            self._to_stop = [replicas]
-            actors = [replicas.slice(replica=number) for number in range(count)]
-        self._replicas = dict(enumerate(actors))
-        await asyncio.gather(*[self._serve(number) for number in self._replicas])
+            flat = self._procs.flatten("replica")
+            procs = [flat.slice(replica=number) for number in range(count)]
+        await asyncio.gather(*[self._serve(number, its) for number, its in enumerate(procs)])
 
-    async def _serve(self, number: int) -> None:
+    async def _serve(self, number: int, procs: Any) -> None:
+        # Spawned and called as a desk is: a post is told of the end of what it has spawned, and
+        # not everybody is who calls it.
+        kind = importlib.import_module("aioinfer.monarch_replica").MonarchReplica
+        spawned = await self._office.call(self._office.post, "spawn", procs, kind)
+        self._replicas[number] = spawned
         device = self._device(number) if callable(self._device) else self._device
         options = {"device": device, **self._options}
         await self._call(number, "serve", self._factory, self._transports[number], options)
 
     async def _send(self, replica: Any, what: str, *args: Any) -> Answer:
-        answer: Answer = await replica.ask.call_one(what, *args)
+        answer: Answer = await self._office.call(replica, "ask", what, *args)
         return answer
 
     async def _end(self) -> None:
-        self._replicas = {}
-        meshes, self._to_stop = self._to_stop, []
-        # Each of them may have ended already.
-        await asyncio.gather(*(_stopped(mesh) for mesh in meshes), return_exceptions=True)
+        replicas, self._replicas = self._replicas, {}
+        started, self._started = self._started, []
+        ends = started or [replica.actor for replica in replicas.values() if replica is not None]
+        # Some of them may have ended already.
+        await asyncio.gather(*(_stopped(mesh) for mesh in ends), return_exceptions=True)
 
 
 async def _stopped(mesh: Any) -> None:

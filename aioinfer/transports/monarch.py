@@ -154,7 +154,8 @@ class MonarchTransport(RemoteTransport):
             server = posts.meetings[self._key]
         else:
             try:
-                server = await office.call(self._meeting, "find", self._key)
+                async with asyncio.timeout(posts.MEETING_TIMEOUT_S):
+                    server = await office.call(self._meeting, "find", self._key)
             except Exception as error:
                 raise ServerDiedError(
                     "the actor by which server and clients find each other has gone; who made "

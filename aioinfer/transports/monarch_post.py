@@ -11,7 +11,10 @@
 *   A *desk*, in each process that is called: that of a server, and those of clients that call. It
     is spawned from afar, by the post of whoever made the transport. Monarch tells the end of an
     actor by asking who spawned it, and one that was spawned in its own process would take the
-    answer along.
+    answer along. And it tells it reliably to nobody else: who calls an actor on a part of a mesh
+    that does not begin where the mesh does is not told, as Monarch counts the places of the part
+    in two ways. So those who call a desk ask the post that spawned it, once, and that answers
+    when the desk has gone.
 
 This module needs Monarch; :mod:`aioinfer.transports.monarch` imports it when it is used.
 """
@@ -25,9 +28,10 @@ import contextvars
 import logging
 import secrets
 import threading
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from typing import Any, NamedTuple
 
+import anyio
 from monarch.actor import Actor, concurrent_endpoint, context, this_proc
 
 from aioinfer.errors import InferenceError, ServerClosedError, ServerDiedError
@@ -39,6 +43,8 @@ _log = logging.getLogger("aioinfer")
 
 SPAWN_TIMEOUT_S = 30.0
 """Seconds in which an actor of this process must come up."""
+MEETING_TIMEOUT_S = 30.0
+"""Seconds in which whoever made a transport must say where its server is."""
 PROBE_S = 0.2
 """Seconds after which a server that owes an answer is looked after."""
 PING_TIMEOUT_S = 2.0
@@ -46,11 +52,13 @@ PING_TIMEOUT_S = 2.0
 
 
 class Ref(NamedTuple):
-    """A post or a desk."""
+    """Somebody who is called: a post, a desk, or what else a post has spawned."""
 
     name: str
     """Nothing else has it."""
     actor: Any
+    owner: Any = None
+    """The post that spawned it, and hears of its end; that of a post is not told."""
 
 
 class Announced(NamedTuple):
@@ -97,13 +105,17 @@ class Office:
     """What one actor, or the driver, has of Monarch: its post, its callers, its desks."""
 
     post: Ref
+    follow: Callable[[Ref], object]
+    """Called on any thread, sees to it that this hears of somebody's end."""
 
     def __init__(self) -> None:
         self.started: concurrent.futures.Future[contextvars.Context] = concurrent.futures.Future()
         """The context of the post, once it runs."""
         self.callers: dict[str, concurrent.futures.Future[contextvars.Context]] = {}
         """Contexts to call in, by who is called."""
-        self._desks: dict[str, Ref] = {}
+        self.desks: dict[str, Ref] = {}
+        """Those of this process, by the name of who spawned them."""
+        self._lives: dict[str, _Life] = {}
 
     async def call(self, whom: Ref, endpoint: str, *args: Any) -> Any:
         """Call somebody, from any event loop of this process.
@@ -112,7 +124,20 @@ class Office:
             Exception: it has gone.
         """
         caller = await self._caller(whom)
-        return await caller.copy().run(getattr(whom.actor, endpoint).call_one, *args)
+        if whom.owner is None:
+            return await caller.copy().run(getattr(whom.actor, endpoint).call_one, *args)
+        life = self._life(whom)
+        running = asyncio.get_running_loop(), anyio.CancelScope()
+        with life.lock:
+            life.calls.add(running)
+        try:
+            with running[1]:
+                if not life.over:
+                    return await caller.copy().run(getattr(whom.actor, endpoint).call_one, *args)
+        finally:
+            with life.lock:
+                life.calls.discard(running)
+        raise ServerDiedError("the process that was called has ended")
 
     def tell(self, whom: Ref, endpoint: str, *args: Any) -> None:
         """Call somebody who was called before, and do not care what comes of it."""
@@ -128,11 +153,30 @@ class Office:
         """
         if here:
             return meeting
-        desk = self._desks.get(meeting.name)
+        desk = self.desks.get(meeting.name)
         if desk is None:
             process = (await _within(self.started)).copy().run(this_proc)
-            desk = self._desks[meeting.name] = await self.call(meeting, "spawn", process)
+            desk = self.desks[meeting.name] = await self.call(meeting, "spawn", process)
         return desk
+
+    def ended(self, name: str) -> None:
+        """Somebody who may have been called has gone: fail these calls, and those to come."""
+        with _lock:
+            life = self._lives.setdefault(name, _Life())
+        with life.lock:
+            life.over = True
+            calls = list(life.calls)
+        for loop, call in calls:
+            with contextlib.suppress(RuntimeError):  # closed since
+                loop.call_soon_threadsafe(call.cancel)
+
+    def _life(self, whom: Ref) -> _Life:
+        with _lock:
+            new = whom.name not in self._lives
+            life = self._lives.setdefault(whom.name, _Life())
+        if new:
+            self.follow(whom)
+        return life
 
     async def _caller(self, whom: Ref) -> contextvars.Context:
         with _lock:
@@ -145,6 +189,15 @@ class Office:
                 lambda: this_proc().spawn("aioinfer_caller", Caller, self.post.name, whom.name)
             )
         return caller.result() if caller.done() else await _within(caller)
+
+
+class _Life:
+    """What is under way to somebody who is called, and whether that is in vain."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.over = False
+        self.calls: set[tuple[asyncio.AbstractEventLoop, anyio.CancelScope]] = set()
 
 
 async def _within(started: concurrent.futures.Future[contextvars.Context]) -> contextvars.Context:
@@ -324,10 +377,17 @@ class Post(Desk):
         self._office = _offices[owner]
         self._owner = owner
         self._watches: set[asyncio.Task[None]] = set()
+        self._spawned: dict[str, asyncio.Future[None]] = {}
+        """Those that were spawned here and live, by their name."""
+        loop = asyncio.get_running_loop()
+        self._office.follow = lambda whom: loop.call_soon_threadsafe(self._follow, whom)
         self._office.started.set_result(contextvars.copy_context())
 
     def __supervise__(self, failure: Any) -> bool:
-        """A caller or a desk has ended: the calls have failed, and who made them knows."""
+        """Somebody who was spawned here has ended."""
+        for name in [name for name in self._spawned if name in failure.mesh_name]:
+            self._spawned.pop(name).set_result(None)
+            self._office.ended(name)
         return True
 
     async def __cleanup__(self, error: Exception | None) -> None:
@@ -335,18 +395,45 @@ class Post(Desk):
             _offices.pop(self._owner, None)
 
     @_answering
-    async def spawn(self, process: Any) -> Ref:
-        """A new desk in that process."""
-        return Ref(secrets.token_hex(16), process.spawn("aioinfer_desk", Desk))
+    async def spawn(self, process: Any, kind: type[Actor] = Desk) -> Ref:
+        """A new desk in that process, or another actor that is called."""
+        name = secrets.token_hex(16)
+        self._spawned[name] = asyncio.get_running_loop().create_future()
+        actor = process.spawn(f"aioinfer_{kind.__name__.lower()}_{name}", kind)
+        return Ref(name, actor, self._office.post)
+
+    @_answering
+    async def outlive(self, whom: str, asker: str | None) -> None:
+        """Return once who was spawned here has gone, or the desk of who asks."""
+        known = [self._spawned[name] for name in (whom, asker) if name in self._spawned]
+        if whom in self._spawned:
+            await asyncio.wait(known, return_when=asyncio.FIRST_COMPLETED)
+
+    def _follow(self, whom: Ref) -> None:
+        if whom.owner.name != self._owner:
+            self._watch(self._outlive(whom))
+        elif whom.name not in self._spawned:
+            self._office.ended(whom.name)
+
+    async def _outlive(self, whom: Ref) -> None:
+        own = self._office.desks.get(whom.owner.name)
+        with contextlib.suppress(Exception):  # if it has gone itself, nobody else can tell
+            await self._office.call(
+                whom.owner, "outlive", whom.name, None if own is None else own.name
+            )
+            self._office.ended(whom.name)
+
+    def _watch(self, watch: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(watch)
+        self._watches.add(task)
+        task.add_done_callback(self._watches.discard)
 
     @_answering
     async def announce(self, key: bytes, server: Announced) -> bool:
         """A server of another process runs; return whether it may."""
         may = await announce(self._office, key, server)
         if may:
-            task = asyncio.create_task(self._watch_server(key, server))
-            self._watches.add(task)
-            task.add_done_callback(self._watches.discard)
+            self._watch(self._watch_server(key, server))
         return may
 
     @_answering
