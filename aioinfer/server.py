@@ -204,8 +204,9 @@ class InferenceServer:
         if self._weight_sync is not None:
             self._slots.manifest()  # refuses what has no weights
             # What the caller has in its hands, and perhaps trains, must not be what serves.
-            if self._weight_sync.mode == "slots" or self._weight_sync.in_process:
-                self._slots.own()
+            twice = self._weight_sync.mode == "slots"
+            if twice or self._weight_sync.in_process:
+                self._slots.own(twice=twice)
         self._weights = ServedWeights(
             weight_sync_model_id, self._slots, self._freshness, self._count, self._on_published
         )

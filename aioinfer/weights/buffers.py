@@ -19,6 +19,7 @@ import torch
 from aioinfer.transports.slots import cannot_shrink, memory
 from aioinfer.weights.copying import copy_tensors
 from aioinfer.weights.manifest import Manifest
+from aioinfer.weights.native import populate
 
 PIECE_NBYTES = 1 << 23
 """Bytes in a piece, about: enough for a copy to be much longer than a message about it."""
@@ -86,12 +87,13 @@ class Buffer:
             size = os.fstat(self._descriptor).st_size
             if size < pieces.nbytes or not cannot_shrink(self._descriptor):
                 raise ValueError(f"memory of {size} bytes, or less later, for {pieces.nbytes}")
-            # All pages at once: one by one, they would cost more than the first copy.
-            flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
-            self._memory = mmap.mmap(self._descriptor, pieces.nbytes, flags)
+            self._memory = mmap.mmap(self._descriptor, pieces.nbytes)
         finally:
             if not own:
                 self.close()
+        # All pages at once: one by one, they would cost more than the first copy. Not by mmap, for
+        # which every other thread of the process would wait.
+        populate(torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr(), pieces.nbytes)
         self._sequence = memoryview(self._memory)[:8].cast("Q")
         self.tensors = [
             self._tensor(leaf.shape, leaf.dtype, leaf.nbytes, offset)

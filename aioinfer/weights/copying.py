@@ -7,8 +7,13 @@ from collections.abc import Sequence
 
 import torch
 
+from aioinfer.weights.native import give_way
+
 _LARGE_NBYTES = 1 << 16
 """From here on torch would divide a copy among its threads, as many as there are cores."""
+
+_STRETCH_NBYTES = 1 << 23
+"""Bytes that are copied before another thread may have this one's core: about a millisecond."""
 
 
 def copy_tensors(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
@@ -17,13 +22,19 @@ def copy_tensors(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor
     for target, source in zip(targets, sources, strict=True):
         nbytes = source.nbytes
         if nbytes >= _LARGE_NBYTES and _are_bytes(target, source):
-            ctypes.memmove(target.data_ptr(), source.data_ptr(), nbytes)
+            _move(target.data_ptr(), source.data_ptr(), nbytes)
         else:
             small_targets.append(target)
             small_sources.append(source)
     if small_targets:
         with torch.no_grad():
             torch._foreach_copy_(small_targets, small_sources)
+
+
+def _move(target: int, source: int, nbytes: int) -> None:
+    for at in range(0, nbytes, _STRETCH_NBYTES):
+        ctypes.memmove(target + at, source + at, min(_STRETCH_NBYTES, nbytes - at))
+        give_way()
 
 
 def _are_bytes(target: torch.Tensor, source: torch.Tensor) -> bool:

@@ -174,14 +174,20 @@ class Slots:
 
     # -- for those who bring weights ----------------------------------------
 
-    def own(self) -> None:
+    def own(self, *, twice: bool) -> None:
         """Serve a copy of the model, so that who else has the model cannot change it.
+
+        Args:
+            twice: whether to make the spare slot now; else the first weights wait for it, and
+                with them a batch.
 
         Raises:
             WeightSyncError: it cannot be copied, or has no weights.
         """
         self.manifest()  # it has some
         self.current = self._copy()
+        if twice:
+            self._make_spare()
 
     def manifest(self) -> Manifest:
         """What the weights consist of.

@@ -286,3 +286,13 @@ def test_the_order_on_a_device() -> None:
     slots.give_back(slot)
     assert cuda.calls == ["serving waits for an event of side", "serving records"]
     assert slot.version == 3
+
+
+def test_no_batch_waits_for_the_spare_slot() -> None:
+    """A server with a scheme has both slots from the beginning: no forward waits for a copy."""
+    scheme = InProcessWeightSyncScheme()
+    scheme.init_on_sender(model=Uniform())
+    server = InferenceServer(Uniform(), weight_sync=scheme)
+    assert server._slots._spare is not None
+    assert InferenceServer(Uniform())._slots._spare is None
+    scheme.close()
