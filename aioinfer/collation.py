@@ -154,17 +154,18 @@ class Collator:
         """The leaves of :meth:`collate` for plain requests, where the requests are."""
         signature: Signature = requests[0].signature  # type: ignore[assignment]
         padding = size - rows
-        bare = not any([request.batched for request in requests])
         encoding = requests[0].encoding
-        if encoding is not None and all([request.encoding is encoding for request in requests]):
-            data = [request.data for request in requests]
-            if bare:
-                data += data[-1:] * padding
-                joined = encoding.join(data, self._buffers.take)
-            else:
-                counts = [request.rows for request in requests]
-                joined = encoding.join_rows(data, counts, padding, self._buffers.take)
-            return dict(zip(signature.keys, joined, strict=True))
+        if encoding is not None:
+            data = [request.data for request in requests if request.encoding is encoding]
+            if len(data) == len(requests):
+                if rows == len(data) and not any([request.batched for request in requests]):
+                    data += data[-1:] * padding
+                    joined = encoding.join(data, self._buffers.take)
+                else:
+                    counts = [request.rows for request in requests]
+                    joined = encoding.join_rows(data, counts, padding, self._buffers.take)
+                return dict(zip(signature.keys, joined, strict=True))
+        bare = not any([request.batched for request in requests])
         batch = {}
         apart = [leaves_of(request) for request in requests]
         for i, key in enumerate(signature.keys):
@@ -269,7 +270,7 @@ class Collator:
         if moved is leaf:
             # It may belong to the policy, which writes its next answer there (`out=`, a graph),
             # and its rows may share memory (`expand`): a reply belongs to its caller alone.
-            moved = leaf.detach().clone(memory_format=torch.contiguous_format)
+            moved = leaf.clone(memory_format=torch.contiguous_format)
         return moved
 
     def _split_any(

@@ -13,9 +13,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule
 
+from aioinfer.signature import entries
 from aioinfer.tensordicts import new_tensordict
 
 
@@ -64,7 +65,8 @@ class _Shortcut:
         if model._forward_hooks or model._forward_pre_hooks or model._compiled_call_impl:
             return model(batch)
         run = self._wrapped or model.module
-        found = run(*[batch.get(key) for key in self._in_keys])
+        given = entries(batch) if type(batch) is TensorDict else batch
+        found = run(*[given[key] for key in self._in_keys])
         outputs = found if type(found) is tuple else (found,)
         rows = batch.batch_size
         if len(outputs) == len(self._out_keys):

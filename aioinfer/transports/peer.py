@@ -52,6 +52,8 @@ _ANCILLARY_NBYTES = socket.CMSG_SPACE(_MAX_DESCRIPTORS * 4)
 class _Looks(NamedTuple):
     """What a client's requests have in common, once it was checked."""
 
+    begins: bytes
+    """How the body begins: ``LOOKS_NBYTES`` of it."""
     nbytes: int
     """Bytes of the body."""
     data: Any
@@ -92,6 +94,7 @@ class Peer(abc.ABC):
         self._open: dict[int, Request] = {}
         self._their_layouts = LayoutReceiver()
         self._known: dict[bytes, _Looks] = {}
+        self._usual: _Looks | None = None  # of the latest request
         self._layouts = LayoutSender()
         self.last_layout: tuple[Layout | None, int] = (None, 0)
         """The layout of the latest replies, and its id."""
@@ -113,7 +116,7 @@ class Peer(abc.ABC):
         if kind is _REQUEST:
             self._ask(body)
         elif kind is Kind.LAYOUT:
-            self._known.clear()
+            self._forget_looks()
             self._their_layouts.define(*decode_layout(body))
         elif kind is Kind.GIVE_UP:
             request_id, why = wire.decode(kind, body)
@@ -128,7 +131,7 @@ class Peer(abc.ABC):
             self._sources[number] = source = Source()
             self._intake.join(source)
         elif kind is Kind.LEAVE:
-            self._known.clear()
+            self._forget_looks()
             left = self._sources.pop(wire.decode(kind, body).source, None)
             if left is not None:
                 self._leave(left)
@@ -147,9 +150,12 @@ class Peer(abc.ABC):
         if request_id in self._open:
             raise WireError(f"request {request_id} was asked twice")
         try:
-            looks = self._known.get(bytes(body[: wire.LOOKS_NBYTES]))
-            if looks is None or looks.nbytes != len(body):
-                looks = self._look_at(body)
+            looks = self._usual
+            if looks is None or looks.nbytes != len(body) or not body.startswith(looks.begins):
+                looks = self._known.get(bytes(body[: wire.LOOKS_NBYTES]))
+                if looks is None or looks.nbytes != len(body):
+                    looks = self._look_at(body)
+                self._usual = looks if looks.encoding is not None else None
             request = Request(
                 body if looks.data is None else looks.data,
                 looks.rows,
@@ -200,7 +206,9 @@ class Peer(abc.ABC):
         if layout is not None and signature.plain and signature.keys == layout.keys:
             encoding = Bodies.of(layout, start)
             data = None if buffer is body else buffer
+        begins = bytes(body[: wire.LOOKS_NBYTES])
         looks = _Looks(
+            begins,
             len(body),
             data,
             encoding,
@@ -216,8 +224,12 @@ class Peer(abc.ABC):
         if encoding is not None:
             if len(self._known) > _REMEMBERED:
                 self._known.clear()
-            self._known[bytes(body[: wire.LOOKS_NBYTES])] = looks
+            self._known[begins] = looks
         return looks
+
+    def _forget_looks(self) -> None:
+        self._known.clear()
+        self._usual = None
 
     # -- answers ------------------------------------------------------------
 
@@ -446,11 +458,11 @@ class SocketPeer(Peer):
             if not count:
                 self.close(None)
                 return
+            if self._welcome and (body := self._reader.request(count)) is not None:
+                self._ask(body)
+                return
             for kind_, body in self._reader.received(count):
-                if kind_ is _REQUEST and self._welcome:
-                    self._ask(body)
-                else:
-                    self._handle(kind_, body)
+                self._handle(kind_, body)
                 if self._over:
                     return
             if not self._welcome:

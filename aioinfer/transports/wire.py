@@ -81,6 +81,7 @@ class Kind(enum.IntEnum):
 
 _HEADER = struct.Struct("<II")  # the kind and the three zero bytes are one u32
 _KINDS = {int(kind): kind for kind in Kind}
+_REQUEST = int(Kind.REQUEST)
 _RECEIVE_NBYTES = 1 << 16
 _SMALL_NBYTES = 1 << 14  # header included; larger frames get a buffer of their own
 _FIRST_STEP_NBYTES = 1 << 20
@@ -126,6 +127,18 @@ class FrameReader:
                 with memoryview(self._large) as whole:
                     self._space = whole[self._filled :]
         return self._space
+
+    def request(self, count: int) -> bytearray | None:
+        """The body, if ``count`` bytes came into :meth:`space` and are just one REQUEST.
+
+        Otherwise nothing is taken note of: call :meth:`received`.
+        """
+        if self._filled or self._large is not None or count < 8:
+            return None
+        length, number = _HEADER.unpack_from(self._small)
+        if number != _REQUEST or length + 8 != count or length > self.max_body:
+            return None
+        return self._small[8:count]
 
     def received(self, count: int) -> list[tuple[Kind, bytearray]]:
         """Take note of ``count`` bytes in :meth:`space`; return the frames now complete."""

@@ -142,7 +142,7 @@ class Slots:
         self._streams.after_use(slot)
         with self._using:
             slot.users -= 1
-            if not slot.users:
+            if not slot.users and slot is not self.current:  # else nobody waits for it
                 self._using.notify_all()
 
     # -- for updates by hand ------------------------------------------------
