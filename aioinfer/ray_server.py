@@ -155,12 +155,13 @@ class RayInferenceServer(ReplicatedServer):
 
     async def _scale(self, count: int) -> None:
         async with self._scaling:
-            await self._grow([n for n in range(count) if not self._is_kept(n)])
-            await self._shrink([n for n in self._keepers if n >= count])
+            kept = [n for n, keeper in self._keepers.items() if not keeper.done()]
+            free = (n for n in itertools.count() if n not in kept)
+            await self._grow(list(itertools.islice(free, max(0, count - len(kept)))))
+            # First those that do not serve: one of the others may be all there is.
+            kept.sort(key=lambda number: (number in self._names, -number))
+            await self._shrink(kept[: max(0, len(kept) - count)])
             self._count = count
-
-    def _is_kept(self, number: int) -> bool:
-        return number in self._keepers and not self._keepers[number].done()
 
     async def _grow(self, numbers: list[int]) -> None:
         loop = asyncio.get_running_loop()

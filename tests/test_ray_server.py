@@ -288,17 +288,24 @@ def test_more_and_fewer(stage: Stage):
 
 
 def test_all_are_killed(stage: Stage):
-    """Who waits for an answer is told at once, as is who asks next; closed, they hear that."""
+    """Who waits for an answer is told at once, as is who asks next; closed, they hear that.
+
+    If fewer are wanted while one is being replaced, the one that is left stays.
+    """
+    server = stage.server
     pids = stage.pids()
     for how in stage.links:
         stage.pids(how)
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
+    os.kill(pids.pop(), signal.SIGKILL)
+    wait_until(lambda: len(server.transport.replicas) == 1, "the news of its death")
+    server.sync_scale(1)
+    assert {answer[1] for answer in stage.ask(20)} == pids
+    (last,) = pids
+    os.kill(last, signal.SIGSTOP)
     asked = [stage.asking.ask.remote(how, 20) for how in stage.links]
     ready, _ = ray.wait(asked, num_returns=3, timeout=0.3)
     assert not ready
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
+    os.kill(last, signal.SIGKILL)
     killed_at = time.time()
     for outcomes_ in ray.get(asked):
         assert {len(outcome) for outcome in outcomes_} == {2}
@@ -307,18 +314,18 @@ def test_all_are_killed(stage: Stage):
     for how in stage.links:
         assert names_within(stage.ask(2, how), asked_at) == {"ServerDiedError"}
     with pytest.raises(ServerDiedError, match="all replicas have died"):
-        stage.server.stats()
-    stage.server.shutdown()  # while they are being replaced
+        server.stats()
+    server.shutdown()  # while it is being replaced
     asked_at = time.time()
     for how in stage.links:
         assert names_within(stage.ask(2, how), asked_at) == {"ServerClosedError"}
     with pytest.raises(ServerClosedError):
-        stage.server.sync_client()(row(1))
-    for ask in (stage.server.stats, lambda: stage.server.sync_scale(3)):
+        server.sync_client()(row(1))
+    for ask in (server.stats, lambda: server.sync_scale(3)):
         with pytest.raises(ServerClosedError, match="not running"):
             ask()
-    assert not stage.server.is_alive
-    stage.server.shutdown()
+    assert not server.is_alive
+    server.shutdown()
 
 
 @pytest.mark.usefixtures("_stage")

@@ -7,7 +7,7 @@ request at a time or 4 of them with 8 coroutines each. Contenders:
 
 -   ``RayTransport`` over direct connections, with the server in an actor, and an MLP (8-64-4);
 -   the same, in calls, which an actor between client and server passes on;
--   ``RayInferenceServer`` in calls, which its replica takes itself;
+-   ``RayInferenceServer`` over direct connections, and in calls, which its replica takes itself;
 -   a bare echo of 64 bytes over asyncio's streams, a connection per coroutine: on uvloop, which
     Ray's async actors run on, and on asyncio's own event loop;
 -   a bare echo of 64 bytes in calls of an async actor, one for each request;
@@ -15,7 +15,8 @@ request at a time or 4 of them with 8 coroutines each. Contenders:
     last, all rounds in a row, as its threads never rest.
 
 Then ``RayInferenceServer`` with one replica and with two, for a policy that sleeps for 5 ms, in
-batches of at most 8; and what the simulator foretells of both.
+batches of at most 8, asked by 4 actors with 16 coroutines each, enough to keep both busy; and
+what the simulator foretells of both.
 
     python tests/benchmarks/ray_actors.py --help
 """
@@ -50,11 +51,12 @@ import aioinfer
 from aioinfer.simulation import Clients, Constant, LinearCost, simulate
 
 ROOT = Path(__file__).resolve().parents[2]
-ACTORS, COROUTINES, BATCH = 4, 8, 8
+ACTORS, COROUTINES = 4, 8
+BUSY, BATCH = 16, 8
 ONE, MANY = "8 actors x 1", "4 actors x 8"
 DIRECT, CALLS = "aioinfer, direct connections", "aioinfer, calls"
-OWN = "aioinfer, calls of a RayInferenceServer"
-TCP, PLAIN = "bare TCP echo, uvloop", "bare TCP echo, asyncio"
+OWN_DIRECT, OWN = "RayInferenceServer, direct", "RayInferenceServer, calls"
+TCP, PLAIN = "TCP echo, uvloop", "TCP echo, asyncio"
 BARE, TORCHRL = "bare calls", "TorchRL"
 Rounds = dict[str, list[float]]
 
@@ -105,10 +107,14 @@ def links(ray: Any, actors: list[Any], rounds: int, seconds: float) -> Rounds:
         CALLS: aioinfer.RayTransport("rpc"),
     }
     ray.get(server.serve.remote(list(transports.values())))
-    own = aioinfer.RayInferenceServer(
-        make_policy, ray_options={"num_cpus": 0}, connection="rpc", max_batch_size=64
-    )
-    transports[OWN] = own.transport
+    kinds: dict[str, Any] = {OWN_DIRECT: "direct", OWN: "rpc"}
+    servers = {
+        name: aioinfer.RayInferenceServer(
+            make_policy, ray_options={"num_cpus": 0}, connection=kind, max_batch_size=64
+        )
+        for name, kind in kinds.items()
+    }
+    transports |= {name: each.transport for name, each in servers.items()}
     contenders: dict[str, Callable[[], float]] = {}
     for size, (some, coroutines) in {ONE: (actors, 1), MANY: (actors[:4], COROUTINES)}.items():
 
@@ -126,11 +132,12 @@ def links(ray: Any, actors: list[Any], rounds: int, seconds: float) -> Rounds:
 
         contenders[f"{DIRECT}, {size}"] = lambda ask=ask: ask(DIRECT)
         contenders[f"{CALLS}, {size}"] = lambda ask=ask: ask(CALLS)
+        contenders[f"{OWN_DIRECT}, {size}"] = lambda ask=ask: ask(OWN_DIRECT)
         contenders[f"{OWN}, {size}"] = lambda ask=ask: ask(OWN)
         contenders[f"{TCP}, {size}"] = lambda ask=ask_tcp: ask(TCP)
         contenders[f"{PLAIN}, {size}"] = lambda ask=ask_tcp: ask(PLAIN)
         contenders[f"{BARE}, {size}"] = ask_bare
-    with own:
+    with servers[OWN_DIRECT], servers[OWN]:
         results = in_turns(contenders, rounds)
     for each in (server, echo):
         ray.kill(each)
@@ -169,7 +176,7 @@ def replicas(
 
         def ask(count: int) -> float:
             ray.get([each.use.remote(servers[count].transport) for each in some])
-            return total(ray, [each.ask.remote(COROUTINES, seconds) for each in some])
+            return total(ray, [each.ask.remote(BUSY, seconds) for each in some])
 
         for count in servers:
             ask(count)  # what a replica has room for is learnt
@@ -182,7 +189,7 @@ def foretold(costs: dict[str, float]) -> dict[str, float]:
     """What the simulator makes of the same."""
     return {
         name: simulate(
-            [Clients(ACTORS * COROUTINES, Constant(0.0), per_process=COROUTINES)],
+            [Clients(ACTORS * BUSY, Constant(0.0), per_process=BUSY)],
             LinearCost(fixed=costs["forward_s"], per_row=0.0),
             max_batch_size=BATCH,
             replicas=count,
@@ -201,31 +208,19 @@ def off(measured: float, foretold: float) -> float:
 
 def targets(medians: dict[str, float], simulated: dict[str, float]) -> list[Target]:
     """Compare what was measured with what the project wants."""
-    theirs = medians.get(f"{TORCHRL}, {ONE}")
+    direct = {"transport, direct": DIRECT, "server, direct": OWN_DIRECT}
+    calls = {"transport, calls": CALLS, "server, calls": OWN}
+
+    def compare(what: str, name: str, size: str, other: str, limit: float) -> Target:
+        measured = ratio(medians[f"{name}, {size}"], medians.get(f"{other}, {size}"))
+        return Target(f"{what}, {size}: of {other}", measured, limit, None)
+
     return [
-        Target(f"direct, {ONE}: of TorchRL", ratio(medians[f"{DIRECT}, {ONE}"], theirs), 25, None),
-        *[
-            Target(f"{what}, {ONE}: of TorchRL", ratio(medians[f"{name}, {ONE}"], theirs), 5, None)
-            for what, name in {"calls": CALLS, "calls of its own": OWN}.items()
-        ],
-        *[
-            Target(
-                f"direct, {MANY}: of the {echo}",
-                ratio(medians[f"{DIRECT}, {MANY}"], medians[f"{echo}, {MANY}"]),
-                0.4,
-                None,
-            )
-            for echo in (PLAIN, TCP)
-        ],
-        *[
-            Target(
-                f"{what}, {MANY}: of bare calls",
-                ratio(medians[f"{name}, {MANY}"], medians[f"{BARE}, {MANY}"]),
-                1.0,
-                None,
-            )
-            for what, name in {"calls": CALLS, "calls of its own": OWN}.items()
-        ],
+        *[compare(what, name, ONE, TORCHRL, 25) for what, name in direct.items()],
+        *[compare(what, name, ONE, TORCHRL, 5) for what, name in calls.items()],
+        *[compare(what, name, MANY, PLAIN, 0.4) for what, name in direct.items()],
+        *[compare(what, name, MANY, TCP, 0.4) for what, name in direct.items()],
+        *[compare(what, name, MANY, BARE, 1) for what, name in calls.items()],
         Target(
             "two replicas: of one",
             ratio(medians["two replicas"], medians["one replica"]),
