@@ -28,6 +28,8 @@ from aioinfer.weights.distributed import DistributedWeightSyncScheme
 from aioinfer.weights.in_process import InProcessWeightSyncScheme
 from aioinfer.weights.mailbox import Staged
 from aioinfer.weights.manifest import Manifest
+from aioinfer.weights.monarch import MonarchWeightSyncScheme
+from aioinfer.weights.ray import RayWeightSyncScheme
 from aioinfer.weights.sending import Ticket
 from aioinfer.weights.shared_memory import SharedMemWeightSyncScheme
 
@@ -47,10 +49,12 @@ __all__ = [
     "ModelError",
     "MonarchInferenceServer",
     "MonarchTransport",
+    "MonarchWeightSyncScheme",
     "ProcessInferenceServer",
     "QueueFullError",
     "RayInferenceServer",
     "RayTransport",
+    "RayWeightSyncScheme",
     "SendReport",
     "ServerClosedError",
     "ServerDiedError",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -112,6 +113,22 @@ def wait_until(condition: Callable[[], Any], what: str = "the condition") -> Non
         if time.monotonic() > give_up_at:
             raise AssertionError(f"{what} did not come true within {PATIENCE_S} s")
         time.sleep(0.001)
+
+
+def threads_end() -> Iterator[None]:
+    """Fail a test after which a thread of the library is left; the inside of a fixture."""
+    threads = set(threading.enumerate())
+    yield
+
+    def left() -> list[str]:
+        gc.collect()
+        return [
+            thread.name
+            for thread in threading.enumerate()
+            if thread not in threads and thread.name.startswith("aioinfer-")
+        ]
+
+    wait_until(lambda: not left(), "the end of the threads")
 
 
 class InThread:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import gc
 import os
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import wait_until
+from helpers import threads_end
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 import ray
+
+from aioinfer.transports import ray as relays
 
 TESTS = Path(__file__).parent
 """Where actors find what tests share, and the package beside it."""
@@ -42,15 +42,23 @@ def nothing_left() -> Iterator[None]:
     In place of the one that looks at descriptors too: Ray opens and closes connections of its
     own when it likes.
     """
-    threads = set(threading.enumerate())
-    yield
+    yield from threads_end()
 
-    def left() -> list[str]:
-        gc.collect()
-        return [
-            thread.name
-            for thread in threading.enumerate()
-            if thread not in threads and thread.name.startswith("aioinfer-")
-        ]
 
-    wait_until(lambda: not left(), "the end of the threads")
+class Relays:
+    """Relays that are used by one transport after the other: making one takes a second."""
+
+    def __init__(self) -> None:
+        self._free: list[Any] = []
+        self._used: list[Any] = []
+        self._make = relays._new_relay
+
+    def take(self, ray: Any) -> Any:
+        """In place of what makes a new one."""
+        self._used.append(self._free.pop() if self._free else self._make(ray))
+        return self._used[-1]
+
+    def give_back(self) -> None:
+        """Nobody uses those any more that were taken."""
+        self._free += self._used
+        self._used.clear()

@@ -80,7 +80,7 @@ class MonarchTransport(RemoteTransport):
         super().__init__(connection, host=host, port=port, tls=tls)
         self._key = secrets.token_bytes(16)
         self._meeting = self._office().post
-        posts.meetings[self._key] = None
+        posts.vacate(self._key)
         if log_faults:
             _log_faults()
 
@@ -165,6 +165,14 @@ class MonarchTransport(RemoteTransport):
             raise no_server()
         exchange = posts.Exchanger(office, server) if server.callable else None
         return Found(server.name, server.address, exchange)
+
+    async def _served(self) -> None:
+        """Return once there is, or may be, a server.
+
+        Raises:
+            Exception: who made this transport has gone.
+        """
+        await self._office().call(self._meeting, "stay", self._key)
 
     async def _call(self, channel: PendingChannel, found: Found) -> RpcCarrier:
         desk = None

@@ -79,7 +79,8 @@ meetings: dict[bytes, Announced | None] = {}
 hubs: dict[bytes, tuple[RpcHub, Office]] = {}
 """The servers of this process that take calls, by their name, and who watches their clients."""
 alive: set[bytes] = set()
-"""The servers of this process and the connections of its clients, by their names."""
+"""The servers of this process and the connections of its clients, by their names; and, by their
+key, the transports that were made in this process and have no server."""
 
 _offices: dict[str, Office] = {}
 _stays: dict[bytes, list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]]] = {}
@@ -123,7 +124,7 @@ class Office:
         Raises:
             Exception: it has gone.
         """
-        caller = await self._caller(whom)
+        caller = await self.caller(whom.name)
         if whom.owner is None:
             return await caller.copy().run(getattr(whom.actor, endpoint).call_one, *args)
         life = self._life(whom)
@@ -178,15 +179,16 @@ class Office:
             self.follow(whom)
         return life
 
-    async def _caller(self, whom: Ref) -> contextvars.Context:
+    async def caller(self, name: str) -> contextvars.Context:
+        """The context of the caller of this name, by convention that of whom it calls."""
         with _lock:
-            caller = self.callers.get(whom.name)
+            caller = self.callers.get(name)
             new = caller is None
             if caller is None:
-                caller = self.callers[whom.name] = concurrent.futures.Future()
+                caller = self.callers[name] = concurrent.futures.Future()
         if new:
             (await _within(self.started)).copy().run(
-                lambda: this_proc().spawn("aioinfer_caller", Caller, self.post.name, whom.name)
+                lambda: this_proc().spawn("aioinfer_caller", Caller, self.post.name, name)
             )
         return caller.result() if caller.done() else await _within(caller)
 
@@ -359,7 +361,7 @@ class Desk(Actor):  # type: ignore[misc]
 
     @_answering
     async def stay(self, name: bytes) -> None:
-        """Return once a server or connection is over; fail with the end of this process."""
+        """Return once what is in :data:`alive` is over; fail with the end of this process."""
         loop = asyncio.get_running_loop()
         stay = loop.create_future()
         with _lock:
@@ -466,14 +468,21 @@ async def announce(at: Office, key: bytes, server: Announced) -> bool:
                 if await at.call(other.desk, "ping", other.name):
                     return False
     meetings[key] = server
+    forget(key)  # who waits for a server may ask for it
     return True
+
+
+def vacate(key: bytes) -> None:
+    """A transport has no server; in the process that made it."""
+    alive.add(key)
+    meetings[key] = None
 
 
 def withdraw(key: bytes, name: bytes) -> None:
     """A server is closed or gone; in the process that made the transport."""
     announced = meetings.get(key)
     if announced is not None and announced.name == name:
-        meetings[key] = None
+        vacate(key)
 
 
 def forget(name: bytes) -> None:

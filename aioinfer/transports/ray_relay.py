@@ -53,6 +53,8 @@ class Relay:
         self._busy = False
         self._probe: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._served = asyncio.Event()
+        self._kept: dict[bytes, list[Any]] = {}
         self._watched: dict[bytes, asyncio.Task[None]] = {}
         self._forever: dict[bytes, asyncio.Future[None]] = {}
 
@@ -80,6 +82,7 @@ class Relay:
                 return False
             await self.withdraw(other.name, [], DIED)
         self._server = Announced(name, where, process, actor)
+        self._served.set()
         self._start(self._watch_server(name, alive))
         return True
 
@@ -89,6 +92,8 @@ class Relay:
             return
         self._answer(replies)
         self._server = None
+        self._served.clear()
+        self._kept.clear()
         self._let_go(name)
         self._look_after(False)
         self._calls.clear()
@@ -184,6 +189,24 @@ class Relay:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+    # -- for weights --------------------------------------------------------
+
+    async def served(self) -> None:
+        """Return once there is a server; one that sends weights is a server here."""
+        await self._served.wait()
+
+    async def hold(self, key: bytes, kept: list[Any]) -> None:
+        """Hold what is in the list (references, which Ray counts), for others to take."""
+        self._kept[key] = kept
+
+    async def take(self, key: bytes) -> list[Any] | None:
+        """What is held under this key; ``None`` if nothing is."""
+        return self._kept.get(key)
+
+    async def let_go(self, key: bytes) -> None:
+        """Hold it no longer."""
+        self._kept.pop(key, None)
 
     # -- for clients --------------------------------------------------------
 

@@ -120,6 +120,22 @@ class Doorbell:
             raise
         return message, descriptor
 
+    def fileno(self) -> int:
+        """For who waits until something is said, or the other end is gone."""
+        return self._socket.fileno()
+
+    def is_over(self) -> bool:
+        """Whether the other end is gone, and all that it said was read."""
+        try:
+            # On an event loop, too; nobody waits here.
+            flags = socket.MSG_PEEK | socket.MSG_DONTWAIT
+            count, *_ = self._socket.recvmsg_into([bytearray(1)], 0, flags)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        return not count
+
     def shut_down(self) -> None:
         """End the connection; who reads from it is woken. Any thread may call this."""
         with contextlib.suppress(OSError):

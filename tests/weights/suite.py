@@ -103,8 +103,9 @@ class Hooks:
                 return version + 1
 
             def act() -> int:
-                client, seen = server.sync_client(), 0
-                for _ in range(responses // 64 + 1):
+                client, seen, rounds = server.sync_client(), 0, responses // 64 + 1
+                while rounds > 0 or not seen:  # until there were updates meanwhile
+                    rounds -= 1
                     answers = [client.submit(row(1)) for _ in range(16)]
                     for answer in answers:
                         seen = check(answer.result(30), seen)
