@@ -36,10 +36,16 @@ class TorchRLAdapter(WeightSyncScheme):
 
     Raises:
         ValueError: its sender does not wait for receivers (``sync=False``), so it may overwrite
-            what they read.
+            what they read; or its receivers do not wait for the sender, which calls them instead.
     """
 
     def __init__(self, scheme: Any) -> None:
+        if not _waits(scheme):
+            raise ValueError(
+                f"weight_sync must be a scheme whose receiver waits for its sender, and that of a "
+                f"{type(scheme).__name__} is an actor which the sender calls; use a scheme of "
+                "aioinfer, such as RayWeightSyncScheme"
+            )
         if not getattr(scheme, "sync", True):
             raise ValueError(
                 f"weight_sync must be a scheme whose sender waits, and this "
@@ -145,6 +151,15 @@ class _TorchRLLink(Link):
             self._wake.close()
             if self._connected.is_set():
                 self._stop()
+
+
+def _waits(scheme: Any) -> bool:
+    """Whether it has a thread that waits for the sender, as the base class has it be."""
+    base = sys.modules["torchrl.weight_update"].WeightSyncScheme
+    return any(
+        getattr(type(scheme), name) is not getattr(base, name)
+        for name in ("_wait_for_instruction", "_background_receive_loop")
+    )
 
 
 _TAKING = Taking()

@@ -16,7 +16,12 @@ import pytest
 import torch
 from helpers import InThread, row, wait_until
 from tensordict import TensorDict
-from torchrl.weight_update import MultiProcessWeightSyncScheme, SharedMemWeightSyncScheme
+from torchrl.weight_update import (
+    MultiProcessWeightSyncScheme,
+    RayWeightSyncScheme,
+    RPCWeightSyncScheme,
+    SharedMemWeightSyncScheme,
+)
 
 from aioinfer import InferenceServer, ProcessInferenceServer
 
@@ -167,3 +172,10 @@ def test_a_sender_that_does_not_wait() -> None:
     """A scheme whose sender may overwrite what is read is refused."""
     with pytest.raises(ValueError, match="sync=False"):
         InferenceServer(Uniform(), weight_sync=SharedMemWeightSyncScheme(sync=False))
+
+
+@pytest.mark.parametrize("kind", [RayWeightSyncScheme, RPCWeightSyncScheme])
+def test_a_receiver_that_does_not_wait(kind: Any) -> None:
+    """A scheme whose sender calls a method of the receiver's actor is refused."""
+    with pytest.raises(ValueError, match=f"of a {kind.__name__} is an actor .* use a scheme of"):
+        InferenceServer(Uniform(), weight_sync=kind())
