@@ -26,9 +26,9 @@ from rays import start_ray
 from aioinfer import (
     InProcessWeightSyncScheme,
     RayInferenceServer,
+    RayWeightSyncScheme,
     ServerClosedError,
     ServerDiedError,
-    SharedMemWeightSyncScheme,
 )
 from aioinfer.transports.ray_replicas import RayReplicas
 
@@ -111,7 +111,7 @@ class Stage:
 
     def __init__(self, folder: Path) -> None:
         self.forbids = folder / "forbids"
-        self.trainer = SharedMemWeightSyncScheme()
+        self.trainer = RayWeightSyncScheme()
         self.server = RayInferenceServer(
             Factory(self.forbids),
             2,

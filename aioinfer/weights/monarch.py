@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from aioinfer.transports.monarch import MonarchTransport, require_monarch
-from aioinfer.weights.base import Ticket
 from aioinfer.weights.pulling import SnapshotLink
 from aioinfer.weights.reading import Weights
 from aioinfer.weights.receiving import Receiver
+from aioinfer.weights.sending import Ticket
 from aioinfer.weights.snapshots import Layout, Snapshot, SnapshotScheme, SnapshotSender
 
 _PULL_S = 60

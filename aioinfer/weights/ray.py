@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from aioinfer.transports.ray import RayTransport, require_ray
-from aioinfer.weights.base import Ticket
 from aioinfer.weights.pulling import SnapshotLink
 from aioinfer.weights.reading import Weights
 from aioinfer.weights.receiving import Receiver
+from aioinfer.weights.sending import Ticket
 from aioinfer.weights.snapshots import Layout, Snapshot, SnapshotScheme, SnapshotSender
 
 

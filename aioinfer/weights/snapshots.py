@@ -25,13 +25,13 @@ from aioinfer.intake import running_loop
 from aioinfer.transports.direct import keep_alive
 from aioinfer.transports.remote import RemoteTransport
 from aioinfer.weights import threads
-from aioinfer.weights.base import Ticket
 from aioinfer.weights.copying import copy_tensors
 from aioinfer.weights.delivery import Delivery
 from aioinfer.weights.distant import DistantScheme
 from aioinfer.weights.hub import Hub, Peer
 from aioinfer.weights.manifest import Manifest
 from aioinfer.weights.reading import Weights
+from aioinfer.weights.sending import Ticket
 
 _log = logging.getLogger("aioinfer")
 
