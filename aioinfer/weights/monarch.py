@@ -62,7 +62,7 @@ class MonarchWeightSyncScheme(SnapshotScheme):
     def _make_sender(
         self, ticket: Ticket, weights: Weights, overtaken: Callable[[int], None]
     ) -> _MonarchSender:
-        return _MonarchSender(self._address, ticket, weights, overtaken, self._inline)
+        return _MonarchSender(self._address, ticket, weights, overtaken)
 
     def _make_link(self, receiver: Receiver, address: MonarchTransport) -> _MonarchLink:
         return _MonarchLink(self, receiver, address)

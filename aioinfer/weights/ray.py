@@ -47,7 +47,7 @@ class RayWeightSyncScheme(SnapshotScheme):
     def _make_sender(
         self, ticket: Ticket, weights: Weights, overtaken: Callable[[int], None]
     ) -> _RaySender:
-        return _RaySender(self._address, ticket, weights, overtaken, self._inline)
+        return _RaySender(self._address, ticket, weights, overtaken)
 
     def _make_link(self, receiver: Receiver, address: RayTransport) -> _RayLink:
         return _RayLink(self, receiver, address)

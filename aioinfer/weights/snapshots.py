@@ -52,11 +52,6 @@ class SnapshotScheme(DistantScheme):
 
     _address: RemoteTransport
 
-    def _begin(self) -> None:
-        super()._begin()
-        self._inline = False
-        """Whether weights travel on the connection, whatever else there is."""
-
 
 class Layout:
     """Where each leaf of a manifest is in the memory of a snapshot."""
@@ -108,7 +103,6 @@ class SnapshotSender(Hub):
         ticket: of this sender.
         weights: to start with.
         overtaken: called with versions of receivers, which may be newer than the sender's.
-        inline: whether weights travel on the connection, whatever else there is.
 
     Raises:
         OSError: it cannot listen.
@@ -125,7 +119,6 @@ class SnapshotSender(Hub):
         ticket: Ticket,
         weights: Weights,
         overtaken: Callable[[int], None],
-        inline: bool,
     ) -> None:
         host = meeting._host_of_this_process() if meeting._host is None else meeting._host
         listener = socket.create_server((host, meeting._port), backlog=128)
@@ -134,7 +127,6 @@ class SnapshotSender(Hub):
         self._meeting = meeting
         self._place: tuple[str, int] = host, listener.getsockname()[1]
         self._ticket = ticket
-        self._inline = inline
         self._layout = Layout(weights.manifest)
         self._snapshots: list[Snapshot] = []
         self._given_up: list[Any] = []  # what was exported and is needed no more
@@ -253,8 +245,6 @@ class SnapshotSender(Hub):
 
     def _available(self, snapshot: Snapshot) -> Any:
         """Where receivers find the snapshot; ``None`` if it must be sent to each of them."""
-        if self._inline:
-            return None
         try:
             return self._export(snapshot)
         except Exception as error:

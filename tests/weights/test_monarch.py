@@ -9,14 +9,20 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from helpers import PATIENCE_S, threads_end
+from helpers import PATIENCE_S, row, threads_end
 
-from aioinfer import MonarchTransport, MonarchWeightSyncScheme, WeightSyncScheme
+from aioinfer import (
+    MonarchInferenceServer,
+    MonarchTransport,
+    MonarchWeightSyncScheme,
+    WeightSyncScheme,
+)
 from aioinfer.weights.monarch import _MonarchSender
 
 from . import clustered
 from .clustered import Host, OneOfEach, OneSnapshot, ThroughAnActor, Trainer
-from .suite import Hooks, SchemeConformance
+from .models import Uniform
+from .suite import Hooks, SchemeConformance, check
 
 pytest.importorskip("monarch.actor")
 
@@ -82,6 +88,19 @@ class TestInTheDriver(OnMonarch, SchemeConformance):
 class TestThroughAnActor(OnMonarch, ThroughAnActor):
     """The server in an actor, the trainer in the driver."""
 
+    def test_replicas(self, cast: Cast) -> None:
+        """A server on a mesh passes its scheme to its replicas, which serve what is sent."""
+        model, scheme = Uniform(), self.scheme()
+        with (
+            self.trainer(scheme, model=model) as trainer,
+            MonarchInferenceServer(Uniform, cast.procs[0], weight_sync=scheme) as server,
+        ):
+            self.joined(trainer)
+            client = server.sync_client()
+            for version in (1, 2):
+                assert len(trainer.send(model=model.set_to(version)).applied) == 1
+                assert check(client(row(1)), 0) == version
+
 
 class _OneSnapshot(OneSnapshot, _MonarchSender):
     pass
@@ -89,7 +108,7 @@ class _OneSnapshot(OneSnapshot, _MonarchSender):
 
 class _CarelessScheme(MonarchWeightSyncScheme):
     def _make_sender(self, ticket: Any, weights: Any, overtaken: Any) -> _MonarchSender:
-        return _OneSnapshot(self._address, ticket, weights, overtaken, False)
+        return _OneSnapshot(self._address, ticket, weights, overtaken)
 
 
 class TestOneOfEach(OnMonarch, OneOfEach):

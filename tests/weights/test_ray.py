@@ -89,7 +89,7 @@ class _OneSnapshot(OneSnapshot, _RaySender):
 
 class _CarelessScheme(RayWeightSyncScheme):
     def _make_sender(self, ticket: Any, weights: Any, overtaken: Any) -> _RaySender:
-        return _OneSnapshot(self._address, ticket, weights, overtaken, False)
+        return _OneSnapshot(self._address, ticket, weights, overtaken)
 
 
 class TestOneOfEach(OnRay, OneOfEach):
