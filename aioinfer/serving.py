@@ -99,7 +99,9 @@ class Serving:
         self._drained: asyncio.Future[None] = self.loop.create_future()
         self._fatal: ServerDiedError | None = None
         self._over = False
-        self._lock = threading.Lock()  # between the end of a batch and the end of everything
+        # Between the end of a batch and the end of everything, which can come in the midst of
+        # either: a run that is thrown away together with its loop ends where garbage is collected.
+        self._lock = threading.RLock()
 
     # -- lifecycle ----------------------------------------------------------
 
@@ -147,9 +149,7 @@ class Serving:
 
     def abandon(self) -> None:
         """The loop was closed under the server: nothing can be awaited any more."""
-        if not self._over:
-            self._finish(loop_closed)
-            self._executor.stop()
+        self._finish(loop_closed, stop=True)
 
     @property
     def queue_depth(self) -> int:
@@ -171,12 +171,14 @@ class Serving:
                 except Exception:
                     _log.exception("a transport could not be detached")
 
-    def _finish(self, make_error: Callable[[], InferenceError]) -> None:
+    def _finish(self, make_error: Callable[[], InferenceError], *, stop: bool = False) -> None:
         """Accept nothing more, and answer everybody who was not answered yet."""
         with self._lock:
             if self._over:
                 return
             self._over = True
+            if stop:  # before a thread is answered, which may start this server and executor again
+                self._executor.stop()
         self._intake.close(make_error)
         self._take_finished()
         self._hand_out()

@@ -604,3 +604,33 @@ def test_ctrl_c(kind: str):
     code, _, err = _end_of(process)
     assert code in (1, -signal.SIGINT, 130)
     assert err.rstrip().endswith("KeyboardInterrupt")
+
+
+def test_started_again_by_who_learns_that_its_loop_was_closed(logged_errors: list[str]):
+    """A caller that is told, and starts the server again at once, meets no half-ended executor."""
+    model, transport = RecordingModel(), ThreadingTransport()
+    server = InferenceServer(model, transport)
+    client = transport.sync_client()
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(server.__aenter__())
+
+    started = threading.Event()
+
+    def start_again(told: Future[Any]) -> None:
+        assert isinstance(told.exception(), ServerDiedError)
+        InThread(server.start).result()  # before who tells it does anything else
+        started.set()
+
+    with model.held():
+        first = InThread(client, row(0))
+        loop.run_until_complete(model.entered())
+        second = client.submit(row(1))
+        second.add_done_callback(start_again)
+        loop.close()
+    assert action(first.result()) == 0
+    assert started.wait(PATIENCE_S)
+    assert action(InThread(client, row(3)).result()) == 6
+    server.shutdown()
+    gc.collect()
+    assert all("Task was destroyed" in error for error in logged_errors)
+    logged_errors.clear()
