@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import pickle
 import socket
 import ssl
@@ -17,7 +18,7 @@ import pytest
 from children import Child
 from conformance import remote
 from conformance.remote import LocalTransport
-from helpers import PATIENCE_S, action, doubling, row, wait_until
+from helpers import PATIENCE_S, InThread, action, doubling, row, until, wait_until, within
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -28,7 +29,7 @@ from aioinfer import (
     ServerDiedError,
 )
 from aioinfer.blocking import new_event_loop
-from aioinfer.testing import RecordingModel
+from aioinfer.testing import RecordingModel, settle
 from aioinfer.transports import channel, direct, listener, peer, wire
 from aioinfer.transports.endpoint import (
     ANSWER_NBYTES,
@@ -455,6 +456,27 @@ def test_a_server_that_is_closed():
 
 
 # -- TLS ----------------------------------------------------------------------
+
+
+async def test_a_connection_that_ended_leaves_no_task_to_the_loop(served: Served):
+    """What ends a connection with its loop is over with the connection, not one turn later.
+
+    An event loop that is being closed has no such turn: "Task was destroyed but it is pending".
+    """
+    made: list[str] = []
+
+    def record(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> Any:
+        made.append(repr(coroutine))
+        return asyncio.Task(coroutine, loop=loop, **options)
+
+    asyncio.get_running_loop().set_task_factory(record)
+    client = served.transport.client()
+    assert action(await within(client(row(1)))) == 2
+    await InThread(served.server.shutdown)
+    await until(lambda: not served.transport._channels(), "the end of the connection")
+    gc.collect()
+    await settle()
+    assert not [name for name in made if "_until_the_loop_ends" in name or "throw" in name]
 
 
 class Contexts:

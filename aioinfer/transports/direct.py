@@ -109,8 +109,10 @@ class PendingChannel(OnLoop):
         try:
             yield
         finally:
-            self._forsake()
-            await asyncio.wait([carrier.ended], timeout=_ENDING_S)
+            if self._guard is not None:
+                self._guard = None
+                self._forsake()
+                await asyncio.wait([carrier.ended], timeout=_ENDING_S)
 
     def _forsake(self) -> None:
         """The event loop ends, and with it whoever waits on it."""
@@ -142,7 +144,13 @@ class PendingChannel(OnLoop):
             self._carrier.write(data)
 
     def _end(self) -> None:
-        carrier, self._carrier, self._guard = self._carrier, None, None
+        carrier, self._carrier = self._carrier, None
+        guard, self._guard = self._guard, None
+        if guard is not None:
+            # It does not wait, so this is all of it. Left to the garbage collector it would be a
+            # task of the event loop, which may have no turn left to run it.
+            with contextlib.suppress(StopIteration):
+                guard.aclose().send(None)
         if carrier is not None:
             carrier.close()
 
