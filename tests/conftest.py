@@ -30,14 +30,37 @@ LEFT_BEHIND_S = 5.0
 """Seconds that threads have to end, and descriptors to close, after a test."""
 
 
+_LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {"asyncio": asyncio.SelectorEventLoop}
+if uvloop is not None:
+    _LOOPS["uvloop"] = uvloop.new_event_loop
+
+
 def pytest_asyncio_loop_factories(
     config: pytest.Config, item: pytest.Item
 ) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
-    """Run every async test on asyncio's own event loop and on uvloop."""
-    factories = {"asyncio": asyncio.SelectorEventLoop}
-    if uvloop is not None:
-        factories["uvloop"] = uvloop.new_event_loop
-    return factories
+    """Run every async test on asyncio's own event loop and on uvloop, unless marked otherwise."""
+    only = _only_loop(item)
+    return _LOOPS if only is None else {only: _LOOPS[only]}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the other event loop where tests make their own, too."""
+
+    def is_left_out(item: pytest.Item) -> bool:
+        only, call = _only_loop(item), getattr(item, "callspec", None)
+        if only is None or call is None:
+            return False
+        return call.params.get("new_loop", _LOOPS[only]) is not _LOOPS[only]
+
+    left_out = [item for item in items if is_left_out(item)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not is_left_out(item)]
+
+
+def _only_loop(item: pytest.Item) -> str | None:
+    marker = item.get_closest_marker("event_loop")
+    return marker.args[0] if marker is not None and marker.args[0] in _LOOPS else None
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -28,7 +28,12 @@ class MonarchLink(RemoteLink):
 
 
 class TestOnConnections(OnConnections, InBackground, TransportConformance, OnAnyLoop):
-    """Direct connections, callers on another event loop than the server's, and threads."""
+    """Direct connections, callers on another event loop than the server's, and threads.
+
+    What both kinds of event loop do with them is in ``test_remote_transport.py``.
+    """
+
+    pytestmark = [pytest.mark.event_loop("uvloop")]
 
     def transport(self) -> MonarchTransport:
         return MonarchTransport("direct")
@@ -36,6 +41,8 @@ class TestOnConnections(OnConnections, InBackground, TransportConformance, OnAny
 
 class TestInCalls(InCalls, InBackground, TransportConformance):
     """Calls of endpoints, callers on another event loop than the server's, and threads."""
+
+    pytestmark = [pytest.mark.event_loop("asyncio")]
 
     @pytest.fixture
     def nothing_left(self) -> None:

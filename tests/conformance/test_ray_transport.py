@@ -50,12 +50,14 @@ class OnRay(OnConnections):
 
 
 class TestDirect(OnRay, InBackground, TransportConformance):
-    """Direct connections."""
+    """Direct connections; what both event loops do with them is in ``test_remote_transport.py``."""
 
+    pytestmark = [pytest.mark.event_loop("uvloop")]
     kind = "direct"
 
 
 class TestRpc(OnRay, InBackground, TransportConformance):
     """Calls of the relay."""
 
+    pytestmark = [pytest.mark.event_loop("asyncio")]
     kind = "rpc"
