@@ -27,7 +27,9 @@ _log = logging.getLogger("aioinfer")
 
 _FIRST_DELAY_S = 0.01
 _LAST_DELAY_S = 0.25
-"""Seconds between two looks for a sender: the first, and in the end."""
+"""Seconds between two looks for a sender: the first, and in the end. Nothing would tell of a sender
+that comes: it may be on another host, and on this one it leaves no trace in any folder. A look is a
+connection that is refused: 8 microseconds on one host, 17 over TCP, so 0.01 % of a core."""
 _REST_S = 0.002
 """Seconds between two sets of weights that nobody waits for: a thread that takes every one of
 thousands a second would be in the way of those that serve."""

@@ -6,6 +6,8 @@ import contextlib
 import copy
 import logging
 import multiprocessing
+import os
+import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -135,6 +137,37 @@ def test_what_was_not_sent_is_not_served() -> None:
         scheme.send(model.set_to(1))
         model.set_to(6)
         assert check(client(row(1)), 0) == 1
+    scheme.shutdown()
+
+
+def _train_and_die(scheme: Any, leaves: int) -> None:
+    """Send one version, write so many leaves of the next into what is shared, and die of it."""
+    scheme.connect()
+    scheme.send(weights(1))
+    shared = scheme.shared_transport.unique_weights[0]
+    for name, tensor in list(weights(2).flatten_keys(".").items())[:leaves]:
+        shared.get(tuple(name.split("."))).copy_(tensor)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("leaves", [0, 3, 8])
+def test_a_trainer_that_is_killed(leaves: int) -> None:
+    """5: killed before it has told of its weights, however many were written: none is served."""
+    scheme = SharedMemWeightSyncScheme()
+    scheme.init_on_sender(
+        weights=weights(0).share_memory_(),
+        devices=[torch.device("cpu")],
+        model_id="policy",
+        ctx=FORK,
+    )
+    with in_thread(scheme) as server:
+        process = FORK.Process(target=_train_and_die, args=(scheme, leaves))
+        process.start()
+        process.join(30)
+        assert process.exitcode == -signal.SIGKILL
+        client = server.sync_client()
+        for _ in range(20):
+            assert check(client(row(1)), 0) == 1
     scheme.shutdown()
 
 
