@@ -83,6 +83,10 @@ class RayReplicas(ReplicatedTransport):
             if self._follows:
                 return
             self._follows = True
+        # Starting a loop takes a moment, for which the caller's loop must not wait.
+        threading.Thread(target=self._begin_to_follow, name="aioinfer-follow", daemon=True).start()
+
+    def _begin_to_follow(self) -> None:
         following = _follow(weakref.ref(self), self._door.desk)
         asyncio.run_coroutine_threadsafe(following, self._background_loop().loop)
 
