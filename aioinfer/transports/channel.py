@@ -591,6 +591,7 @@ class ThreadChannel(SocketChannel):
                 return None
         buffer = bytearray(self._usual_nbytes)
         try:
+            # Blocked in recv, this thread would also wake up when the server has taken the request.
             self._poll.poll()
             count = self.socket.recv_into(buffer)
         except OSError:
@@ -638,6 +639,8 @@ class ThreadChannel(SocketChannel):
                 left = give_up_at - _clock()
                 if left <= 0 or not self._arrived(math.ceil(left * 1e3)):
                     return waiter.done()
+            else:
+                self._poll.poll()
             if self.gone is not None:
                 raise self._gone()
             self.receive()

@@ -108,8 +108,8 @@ class Layout:
     """
 
     __slots__ = (
-        *("_flat", "_one", "_pads"),
-        *("fields", "keys", "row_nbytes", "row_sizes", "strided"),
+        *("_flat", "_one"),
+        *("fields", "keys", "pads", "row_nbytes", "row_sizes", "strided"),
     )
 
     def __init__(self, fields: tuple[Field, ...]) -> None:
@@ -122,7 +122,8 @@ class Layout:
         )
         """For each leaf what carries it, and the shape and the bytes of a row."""
         self._one = self._places(1, False)  # most requests are one bare row
-        self._pads = self._pads_of(1)
+        self.pads = self._pads_of(1)
+        """What follows each leaf of a row, up to the next multiple of 8."""
         self.row_nbytes = sum(aligned(nbytes) for *_, nbytes in self.row_sizes)
         self.strided = tuple([(*place, _strides(place[0], place[1])) for place in self._one])
         """For each leaf what carries it, the shape, place and strides of a row."""
@@ -154,7 +155,7 @@ class Layout:
 
     def buffers(self, leaves: Iterable[torch.Tensor], rows: int = 1) -> list[Any]:
         """The payload, in pieces to be joined. They are not copies of the leaves."""
-        pads = self._pads if rows == 1 else self._pads_of(rows)
+        pads = self.pads if rows == 1 else self._pads_of(rows)
         buffers: list[Any] = []
         for array, pad in zip(self.arrays(leaves), pads, strict=True):
             buffers.append(array if array.flags.c_contiguous else np.ascontiguousarray(array))

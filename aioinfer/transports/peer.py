@@ -377,7 +377,7 @@ def _send_bare(requests: Sequence[Request], packed: PackedColumns) -> None:
             if peer.take(request_id):
                 peer.send(frame)
         return
-    by_peer: dict[Peer, list[memoryview]] = {}
+    by_peer: dict[Peer, list[bytes]] = {}
     for (peer, request_id, _), frame in zip(handles, frames, strict=True):
         if peer.take(request_id):
             by_peer.setdefault(peer, []).append(frame)
@@ -448,6 +448,11 @@ class SocketPeer(Peer):
         except OSError:
             count, ancillary = 0, []
         try:
+            if count and not ancillary and self._welcome:  # most often it is one whole request
+                body = self._reader.request(count)
+                if body is not None:
+                    self._ask(body)
+                    return
             for level, kind, data in ancillary:
                 if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                     usable = len(data) - len(data) % 4
@@ -457,9 +462,6 @@ class SocketPeer(Peer):
                 raise WireError("more descriptors than arenas")
             if not count:
                 self.close(None)
-                return
-            if self._welcome and (body := self._reader.request(count)) is not None:
-                self._ask(body)
                 return
             for kind_, body in self._reader.received(count):
                 self._handle(kind_, body)

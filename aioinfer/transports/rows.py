@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from aioinfer.transports.payload import PADS, Layout, Packed, aligned, layout_of, of_array
-from aioinfer.transports.wire import REPLY_ID_AT, REPLY_LAYOUT_AT, encode_reply_head
+from aioinfer.transports.wire import reply_heads
 
 if TYPE_CHECKING:
     from aioinfer.request import Take
@@ -113,23 +113,21 @@ class PackedColumns:
         *,
         room: int = 0,
         load: int = 0,
-    ) -> list[memoryview]:
-        """The REPLY frames to bare rows, all of them in one table."""
-        count, nbytes = len(request_ids), self.layout.row_nbytes
-        head = encode_reply_head(0, layout_ids[0], nbytes, room=room, load=load)
-        size = len(head) + nbytes
-        table = bytearray((head + bytes(nbytes)) * count)
-        _column(table, "<u8", (count,), REPLY_ID_AT, (size,))[...] = request_ids
-        if layout_ids.count(layout_ids[0]) < count:
-            _column(table, "<u4", (count,), REPLY_LAYOUT_AT, (size,))[...] = layout_ids
-        for (known, shape, at, strides), array in zip(
-            self.layout.strided, self._arrays, strict=True
+    ) -> list[bytes]:
+        """The REPLY frames to bare rows."""
+        count, layout = len(request_ids), self.layout
+        parts: list[Sequence[bytes]] = [
+            reply_heads(request_ids, layout_ids, layout.row_nbytes, room, load)
+        ]
+        for array, (_, _, nbytes), pad in zip(
+            self._arrays, layout.row_sizes, layout.pads, strict=True
         ):
-            if array.size:
-                place = at + len(head)
-                _column(table, known.numpy, (count, *shape), place, (size, *strides))[...] = array
-        view = memoryview(table)
-        return [view[at : at + size] for at in range(0, count * size, size)]
+            if nbytes:
+                column = array.tobytes()
+                parts.append([column[at : at + nbytes] for at in range(0, count * nbytes, nbytes)])
+            if pad:
+                parts.append([pad] * count)
+        return list(map(b"".join, zip(*parts, strict=True)))
 
     def rows(self, start: int, rows: int) -> Packed:
         """The payload of one request."""
@@ -140,9 +138,3 @@ class PackedColumns:
                 PADS[-nbytes * rows % 8],
             )
         return Packed(self.layout, self.layout.nbytes(rows), buffers)
-
-
-def _column(
-    table: bytearray, dtype: Any, shape: tuple[int, ...], at: int, strides: tuple[int, ...]
-) -> np.ndarray[Any, Any]:
-    return np.ndarray(shape, dtype, table, at, strides)

@@ -24,7 +24,7 @@ import enum
 import math
 import struct
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tensordict.nn import InteractionType
@@ -366,7 +366,6 @@ LOOKS_NBYTES = _LOOKS.size
 REQUEST_NBYTES = _LOOKS.size + _NUMBER.size
 REPLY_NBYTES = _REPLY.size
 REPLY_FRAME_NBYTES = _REPLY_FRAME.size
-REPLY_ID_AT, REPLY_LAYOUT_AT = 8, 16  # in the frame
 
 _BLOCK, _IN_SLOT, _REPLY_IN_SLOT = 1, 2, 4
 _NO_SLOT = Slot(0, 0, 0)
@@ -478,28 +477,16 @@ def decode_request(body: Buffer) -> RequestHead:
     )
 
 
-def encode_reply_head(
-    request_id: int,
-    layout_id: int,
-    nbytes: int,
-    rows: int = 1,
-    batched: bool = False,
-    *,
-    in_slot: bool = False,
-    room: int = 0,
-    load: int = 0,
-) -> bytes:
-    """A REPLY with a payload of ``nbytes``, which follows unless it lies in the slot."""
-    return _REPLY_FRAME.pack(
-        REPLY_NBYTES if in_slot else REPLY_NBYTES + nbytes,
-        Kind.REPLY,
-        request_id,
-        layout_id,
-        rows if batched else 0,
-        in_slot,
-        min(room, 0xFFFF),
-        min(load, 0xFFFFFFFF),
-    )
+def reply_heads(
+    request_ids: Iterable[int], layout_ids: Iterable[int], nbytes: int, room: int, load: int
+) -> list[bytes]:
+    """REPLYs to bare rows, whose payloads of ``nbytes`` follow."""
+    length, kind = REPLY_NBYTES + nbytes, int(Kind.REPLY)
+    room, load = min(room, 0xFFFF), min(load, 0xFFFFFFFF)
+    return [
+        _REPLY_FRAME.pack(length, kind, request_id, layout_id, 0, 0, room, load)
+        for request_id, layout_id in zip(request_ids, layout_ids, strict=True)
+    ]
 
 
 def encode_reply(
@@ -514,8 +501,15 @@ def encode_reply(
     load: int = 0,
 ) -> bytes:
     """A REPLY; with ``in_slot`` the payload was written there and is left out here."""
-    head = encode_reply_head(
-        request_id, layout_id, payload.nbytes, rows, batched, in_slot=in_slot, room=room, load=load
+    head = _REPLY_FRAME.pack(
+        REPLY_NBYTES if in_slot else REPLY_NBYTES + payload.nbytes,
+        Kind.REPLY,
+        request_id,
+        layout_id,
+        rows if batched else 0,
+        in_slot,
+        min(room, 0xFFFF),
+        min(load, 0xFFFFFFFF),
     )
     return head if in_slot else b"".join((head, *payload.buffers))
 
