@@ -32,7 +32,7 @@ from aioinfer import (
     ThreadingTransport,
 )
 from aioinfer.testing import RecordingModel
-from aioinfer.transports import peer, wire
+from aioinfer.transports import peer, socket_peer, wire
 from aioinfer.transports.payload import LayoutSender, pack
 
 pytestmark = [
@@ -496,7 +496,7 @@ def test_nonsense_ends_the_connection(kind: str):
 
 def test_silence_ends_the_connection(monkeypatch: pytest.MonkeyPatch):
     """Who connects and does not introduce itself is disconnected."""
-    monkeypatch.setattr(peer, "HELLO_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(socket_peer, "HELLO_TIMEOUT_S", 0.05)
     transport = MPTransport()
     with InferenceServer(doubling(), transport):
         client = transport.sync_client()

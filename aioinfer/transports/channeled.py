@@ -17,7 +17,8 @@ from aioinfer.clock import Clock, MonotonicClock, RemoteTimer
 from aioinfer.intake import Intake, loop_closed, running_loop
 from aioinfer.request import GivenUp, Request, Source
 from aioinfer.transports.base import InferenceTransport
-from aioinfer.transports.channel import Channel, OnLoop, RemoteWaiter, ThreadChannel
+from aioinfer.transports.channel import Channel, OnLoop
+from aioinfer.transports.sockets import RemoteWaiter, ThreadChannel
 
 MAX_SUBMITTED = 4096
 """Requests that the threads of a process may have submitted and not had answered, before

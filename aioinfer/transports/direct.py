@@ -21,12 +21,13 @@ from aioinfer.errors import InferenceError, ServerDiedError
 from aioinfer.request import Source
 from aioinfer.transports import channel as channels
 from aioinfer.transports.address import Connection
-from aioinfer.transports.channel import Channel, OnLoop, ThreadChannel
+from aioinfer.transports.channel import Channel, OnLoop
 from aioinfer.transports.endpoint import (
     CHALLENGE_NBYTES,
     ClientHandshake,
     Endpoint,
 )
+from aioinfer.transports.sockets import ThreadChannel
 from aioinfer.transports.wire import WireError
 
 CONNECT_TIMEOUT_S = 5.0
@@ -342,6 +343,6 @@ class _TlsThreadChannel(ThreadChannel):
     def exchange(self, td: Any, source: Source) -> Any:
         return None  # its shortcut is none over TLS
 
-    def _arrived(self, timeout_ms: int) -> bool:
+    def _arrived(self, timeout_ms: int | None) -> bool:
         connection: Any = self.socket
         return connection.pending() > 0 or super()._arrived(timeout_ms)

@@ -12,9 +12,10 @@ from typing import Any
 from aioinfer.intake import Intake
 from aioinfer.transports import wire
 from aioinfer.transports.address import Address
-from aioinfer.transports.channel import LoopChannel, ThreadChannel, no_server
+from aioinfer.transports.channel import no_server
 from aioinfer.transports.channeled import ChannelTransport
-from aioinfer.transports.peer import SocketPeer
+from aioinfer.transports.socket_peer import SocketPeer
+from aioinfer.transports.sockets import LoopChannel, ThreadChannel
 
 INLINE_NBYTES = 1 << 14
 """Payloads up to so many bytes travel in the message. With 8 processes on 2 cores

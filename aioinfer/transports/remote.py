@@ -15,12 +15,13 @@ from aioinfer.errors import InferenceError, ServerDiedError
 from aioinfer.intake import Intake
 from aioinfer.request import Request, Source
 from aioinfer.transports import direct
-from aioinfer.transports.channel import OnLoop, RemoteWaiter, ThreadChannel
+from aioinfer.transports.channel import OnLoop
 from aioinfer.transports.channeled import ChannelTransport
 from aioinfer.transports.direct import Carrier, PendingChannel
 from aioinfer.transports.endpoint import Endpoint, TlsFactory, new_secret
 from aioinfer.transports.listener import Listener
 from aioinfer.transports.rpc import Exchange, RpcCarrier, RpcHub
+from aioinfer.transports.sockets import RemoteWaiter, ThreadChannel
 
 ConnectionKind = Literal["auto", "direct", "rpc"]
 
