@@ -40,7 +40,8 @@ from aioinfer.transports.endpoint import (
     ServerHandshake,
     new_secret,
 )
-from aioinfer.transports.payload import LayoutSender, pack
+from aioinfer.transports.layouts import LayoutSender
+from aioinfer.transports.payload import pack
 from aioinfer.transports.wire import WireError
 
 LARGE = 60_000

@@ -33,7 +33,8 @@ from aioinfer import (
 )
 from aioinfer.testing import RecordingModel
 from aioinfer.transports import peer, socket_peer, wire
-from aioinfer.transports.payload import LayoutSender, pack
+from aioinfer.transports.layouts import LayoutSender
+from aioinfer.transports.payload import pack
 
 pytestmark = [
     pytest.mark.timeout(60),

@@ -30,16 +30,9 @@ from aioinfer.intake import running_loop
 from aioinfer.request import GivenUp, Request, Source
 from aioinfer.signature import Signature
 from aioinfer.transports import wire
-from aioinfer.transports.payload import (
-    Layout,
-    LayoutReceiver,
-    LayoutSender,
-    NotDenseError,
-    Packed,
-    decode_layout,
-    pack_described,
-    unpack_object,
-)
+from aioinfer.transports.dtypes import NotDenseError
+from aioinfer.transports.layouts import Layout, LayoutReceiver, LayoutSender, decode_layout
+from aioinfer.transports.payload import Packed, pack_described, unpack_object
 from aioinfer.transports.slots import Slots
 from aioinfer.transports.wire import FrameReader, Kind, Slot, WireError
 

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import torch
 
-from aioinfer.transports.payload import PADS, Layout, Packed, aligned, layout_of, of_array
+from aioinfer.transports.dtypes import PADS, aligned, of_array
+from aioinfer.transports.layouts import Layout, layout_of
+from aioinfer.transports.payload import Packed
 from aioinfer.transports.wire import reply_heads
 
 if TYPE_CHECKING:

@@ -23,15 +23,23 @@ from aioinfer import errors
 from aioinfer.errors import InferenceError, InvalidRequestError, ModelError
 from aioinfer.request import GivenUp
 from aioinfer.signature import describe
-from aioinfer.transports import payload, wire
-from aioinfer.transports.payload import Layout
+from aioinfer.transports import dtypes, payload, wire
+from aioinfer.transports.layouts import (
+    LAYOUT_IDS,
+    OBJECT,
+    Layout,
+    LayoutReceiver,
+    LayoutSender,
+    decode_layout,
+    encode_layout,
+)
 from aioinfer.transports.wire import Kind, WireError
 
 # The same examples in every run: what a run finds, the next one finds too.
 settings.register_profile("wire", derandomize=True, database=None, deadline=None, max_examples=60)
 REPEATABLE = settings.get_profile("wire")
 
-DTYPES = [known.torch for known in payload._BY_NUMBER.values()]
+DTYPES = [known.torch for known in dtypes.BY_NUMBER.values()]
 
 # torch says so of every complex32 tensor, however it was made.
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
@@ -90,13 +98,13 @@ class Side:
     """The layout ids of one direction, both ends of it."""
 
     def __init__(self) -> None:
-        self.sender = payload.LayoutSender()
-        self.receiver = payload.LayoutReceiver()
+        self.sender = LayoutSender()
+        self.receiver = LayoutReceiver()
 
     def id_of(self, layout: Layout | None) -> int:
         layout_id, definition = self.sender.id_of(layout)
         if definition is not None:
-            self.receiver.define(*payload.decode_layout(body_of(definition, Kind.LAYOUT)))
+            self.receiver.define(*decode_layout(body_of(definition, Kind.LAYOUT)))
         return layout_id
 
 
@@ -635,7 +643,7 @@ class TestLayouts:
         layout = payload.pack(td).layout
         assert layout is Layout.of_signature(describe(td, InteractionType.MODE)[3])
         assert layout is payload.pack(td.expand(3)).layout
-        assert layout is payload.decode_layout(payload.encode_layout(7, layout)[8:])[1]
+        assert layout is decode_layout(encode_layout(7, layout)[8:])[1]
 
     def test_what_has_no_layout(self) -> None:
         """Looks that are not plain have none."""
@@ -644,7 +652,7 @@ class TestLayouts:
     def test_a_valid_description(self) -> None:
         """The format is what the next tests take it to be."""
         body = layout_body(leaf((b"a",), 10, 2, 3), leaf((b"b", b"c"), 0), layout_id=3)
-        layout_id, layout = payload.decode_layout(body)
+        layout_id, layout = decode_layout(body)
         assert layout_id == 3
         assert layout.fields == (
             ("a", torch.Size([2, 3]), torch.float32),
@@ -655,7 +663,7 @@ class TestLayouts:
         "body",
         [
             b"",
-            layout_body(leaf((b"a",), 10), layout_id=payload.LAYOUT_IDS),
+            layout_body(leaf((b"a",), 10), layout_id=LAYOUT_IDS),
             layout_body(leaf((b"a",), 10), count=2),
             layout_body(leaf((b"a",), 10), count=0),
             layout_body(count=0xFFFF_FFFF),
@@ -665,7 +673,7 @@ class TestLayouts:
             layout_body(leaf((b"a",), 10), leaf((b"a",), 11)),
             layout_body(leaf((b"a",), 10), leaf((b"a", b"b"), 11)),
             layout_body(leaf((b"a", b"b", b"c"), 10), leaf((b"a",), 11)),
-            layout_body(leaf((b"a",), 10, *[1] * (payload.MAX_DIMS + 1))),
+            layout_body(leaf((b"a",), 10, *[1] * (dtypes.MAX_DIMS + 1))),
             layout_body(leaf((b"a",), 10, (1 << 64) - 1)),
             layout_body(leaf((b"a",), 10, 1 << 63, 2)),
             layout_body(leaf((b"a",), 10, 1 << 32, 1 << 32)),
@@ -681,35 +689,35 @@ class TestLayouts:
     def test_descriptions_that_cannot_be(self, body: bytes) -> None:
         """A description that no sender makes is an error of the peer."""
         with pytest.raises(WireError):
-            payload.decode_layout(body)
+            decode_layout(body)
 
     def test_an_id_is_defined_once(self) -> None:
         """The first use says what the id means; objects need no definition."""
-        sender = payload.LayoutSender()
+        sender = LayoutSender()
         layout = payload.pack(TensorDict({"x": torch.ones(3)})).layout
         layout_id, definition = sender.id_of(layout)
-        assert payload.decode_layout(body_of(definition, Kind.LAYOUT)) == (layout_id, layout)
+        assert decode_layout(body_of(definition, Kind.LAYOUT)) == (layout_id, layout)
         assert sender.id_of(layout) == (layout_id, None)
-        assert sender.id_of(None) == (payload.OBJECT, None)
+        assert sender.id_of(None) == (OBJECT, None)
 
     def test_ids_are_a_ring(self) -> None:
         """More layouts than ids: every request still arrives, and memory is bounded."""
         side = Side()
-        many = payload.LAYOUT_IDS + 10
+        many = LAYOUT_IDS + 10
         layouts = [Layout.of_fields((("x", torch.Size([i]), torch.uint8),)) for i in range(many)]
         for _ in range(2):
             for layout in layouts:
                 layout_id = side.id_of(layout)
-                assert layout_id < payload.LAYOUT_IDS
+                assert layout_id < LAYOUT_IDS
                 assert side.receiver.get(layout_id) is layout
-        assert len(side.sender._ids) == payload.LAYOUT_IDS
-        assert len(side.receiver._layouts) == payload.LAYOUT_IDS + 1
+        assert len(side.sender._ids) == LAYOUT_IDS
+        assert len(side.receiver._layouts) == LAYOUT_IDS + 1
 
-    @pytest.mark.parametrize("layout_id", [0, 5, payload.LAYOUT_IDS])
+    @pytest.mark.parametrize("layout_id", [0, 5, LAYOUT_IDS])
     def test_an_id_that_was_never_defined(self, layout_id: int) -> None:
         """Using it is an error of the peer."""
         with pytest.raises(WireError, match=f"{layout_id} was never defined"):
-            payload.LayoutReceiver().get(layout_id)
+            LayoutReceiver().get(layout_id)
 
 
 FRAMES = [
@@ -828,10 +836,10 @@ class TestReader:
         assert read_all(frame, max_body=100) == expected([frame])
 
 
-def decode_any(kind: Kind, body: bytearray, layouts: payload.LayoutReceiver) -> None:
+def decode_any(kind: Kind, body: bytearray, layouts: LayoutReceiver) -> None:
     """What a server or client does with a frame, short of unpickling."""
     if kind is Kind.LAYOUT:
-        layouts.define(*payload.decode_layout(body))
+        layouts.define(*decode_layout(body))
     elif kind in (Kind.ERROR, Kind.CLOSING):
         wire.decode_error(body)
     elif kind in (Kind.REQUEST, Kind.REPLY):
@@ -858,7 +866,7 @@ def _valid_frames() -> list[bytes]:
         wire.encode(wire.Welcome(1, 2, 3)),
         wire.encode(wire.Arena(1, 2)),
         wire.encode(give_up),
-        payload.encode_layout(0, packed.layout),
+        encode_layout(0, packed.layout),
         wire.encode_request(1, 2, 0, packed, submitted_at=1.0, timeout=1.0),
         wire.encode_request(1, 2, 0, rows, 3, True, submitted_at=1.0),
         wire.encode_reply(1, 0, packed),
@@ -871,7 +879,7 @@ class TestFuzz:
     """No bytes make a decoder raise anything but WireError."""
 
     def feed(self, stream: bytes) -> bool:
-        layouts = payload.LayoutReceiver()
+        layouts = LayoutReceiver()
         layouts.define(0, payload.pack(TensorDict({"x": torch.ones(3)})).layout)
         try:
             for kind, body in read_all(stream, max_body=1 << 20):
@@ -917,7 +925,7 @@ class TestFuzz:
         for frame in _valid_frames():
             kind = Kind(frame[4])
             for length in range(len(frame) - 8):
-                layouts = payload.LayoutReceiver()
+                layouts = LayoutReceiver()
                 td = TensorDict(
                     {"a": {"b": torch.ones(3)}, "c": torch.ones(0), "d": some(torch.bfloat16, 2)}
                 )
