@@ -154,8 +154,7 @@ class SnapshotSender(Hub):
             before, self._newest = self._newest, snapshot
             self.version = delivery.version
             self.expect_answers(delivery)
-            if before.abandoned:
-                self._forget(before)
+            self._forget_if_abandoned(before)
             self._settle()
             self.state.notify_all()
 
@@ -225,9 +224,10 @@ class SnapshotSender(Hub):
             where = self._available(snapshot)
             with self.state:
                 snapshot.busy = False
-                for peer in self._idle():
-                    if snapshot.version > peer.told:
-                        self._tell(peer, snapshot, where)
+                if not self._forget_if_abandoned(snapshot):
+                    for peer in self._idle():
+                        if snapshot.version > peer.told:
+                            self._tell(peer, snapshot, where)
                 self._settle()
 
     def _release_what_is_given_up(self) -> None:
@@ -294,13 +294,16 @@ class SnapshotSender(Hub):
         snapshot = peer.reading
         if snapshot in self._snapshots:
             snapshot.abandoned = True
-            if snapshot is not self._newest:
-                self._forget(snapshot)
+            self._forget_if_abandoned(snapshot)
         self._settle()
 
-    def _forget(self, snapshot: Snapshot) -> None:
-        self._snapshots.remove(snapshot)
-        self._give_up(snapshot)
+    def _forget_if_abandoned(self, snapshot: Snapshot) -> bool:
+        """Write there no more, nor tell anybody of it, as soon as there is a newer one."""
+        over = snapshot.abandoned and snapshot is not self._newest and not snapshot.busy
+        if over and snapshot in self._snapshots:
+            self._snapshots.remove(snapshot)
+            self._give_up(snapshot)
+        return over
 
     def _end(self) -> None:
         if threading.current_thread() is not self._telling:

@@ -238,6 +238,12 @@ class OneOfEach(Hooks):
             assert check(server.sync_client()(row(1)), 0) == 3
         sender.close()
 
+    def test_a_scheme_that_is_forgotten(self) -> None:
+        """A sender that nobody refers to any more ends by itself (a fixture checks its threads)."""
+        scheme = self.scheme()
+        scheme.init_on_sender(model=Uniform())
+        del scheme
+
     def test_who_does_not_know_the_secret(self) -> None:
         """Who does not know it is told nothing, and learns nothing."""
         scheme: Any = self.scheme()
