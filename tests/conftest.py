@@ -16,6 +16,7 @@ from pathlib import Path
 import blockbuster.blockbuster
 import pytest
 import torch
+from tensordict import TensorDict
 
 import aioinfer
 
@@ -84,9 +85,13 @@ def monarch() -> Iterator[None]:
     actor = pytest.importorskip("monarch.actor")
     paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))  # for the actors' processes
-    transport = aioinfer.MonarchTransport()
-    office = transport._office()
-    asyncio.run(office.call(office.post, "ping", b""))
+    transport = aioinfer.MonarchTransport("rpc")
+
+    async def call() -> None:
+        async with aioinfer.InferenceServer(lambda td: td, transport):
+            await transport.async_client()(TensorDict({"observation": torch.ones(1)}))
+
+    asyncio.run(call())
     yield
     actor.shutdown_context().get(timeout=10)
 

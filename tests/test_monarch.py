@@ -23,6 +23,7 @@ from helpers import (
     outcomes,
     row,
     seen,
+    threads_end,
     until,
     within,
 )
@@ -78,11 +79,13 @@ def procs(monarch: None) -> Iterator[Any]:
 
 
 @pytest.fixture
-def nothing_left() -> None:
-    """Monarch keeps descriptors of its processes, and what it sent to them, for a while.
+def nothing_left() -> Iterator[None]:
+    """Fail a test after which a thread of the library is left.
 
-    That transports leave nothing behind is tested in ``conformance/test_monarch_transport.py``.
+    Monarch keeps descriptors of its processes, and what it sent to them, for a while. That
+    transports leave none behind is tested in ``conformance/test_monarch_transport.py``.
     """
+    yield from threads_end()
 
 
 async def done(future: Any) -> Any:

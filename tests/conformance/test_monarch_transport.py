@@ -44,10 +44,6 @@ class TestInCalls(InCalls, InBackground, TransportConformance):
 
     pytestmark = [pytest.mark.event_loop("asyncio")]
 
-    @pytest.fixture
-    def nothing_left(self) -> None:
-        """Monarch opens pipes, and lets go of what it awaited, when it likes."""
-
     def transport(self) -> MonarchTransport:
         return MonarchTransport("rpc")
 
