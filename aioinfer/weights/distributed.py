@@ -304,7 +304,7 @@ class _Arriving:
         copy_tensors([target for target, _ in strided], [values for _, values in strided])
 
     def take_the_rest(self) -> None:
-        """Let what nobody wants arrive, so that the next weights can."""
+        """Let what nobody wants arrive, so that the next weights can; then let go of the group."""
         count = len(self._buckets) + 2
         try:
             while self._arrived < count:
@@ -313,6 +313,8 @@ class _Arriving:
                 self._receive(memory if first_or_last else self._buckets.empty(self._arrived - 1))
         except RuntimeError as error:
             raise ConnectionError(str(error)) from error
+        finally:
+            self._group = None  # errors may hold this until they are collected
 
     def _receive(self, memory: torch.Tensor) -> None:
         self._group.recv([memory], _SENDER, 0).wait(_BUCKET_TIMEOUT)

@@ -89,6 +89,10 @@ class Ends(Hooks):
         """A scheme that divides the weights of :func:`small` into their leaves."""
         raise NotImplementedError
 
+    def at_rest(self) -> bool:
+        """Whether nothing is being ended in this process, so that it can be forked."""
+        return True
+
 
 class TrainersElsewhere(Ends):
     """The trainer in a process of its own."""
@@ -111,6 +115,7 @@ class TrainersElsewhere(Ends):
                     report = trainer.send(model=small(seen + 1))
                     assert (report.version, len(report.applied)) == (seen + 1, 1), death
                     seen = check(client(row(1)), seen)
+                wait_until(self.at_rest)
             assert server.stats().weights_refused == 0
 
     def test_a_trainer_in_another_process(self) -> None:
