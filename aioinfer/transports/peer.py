@@ -14,11 +14,12 @@ from aioinfer.intake import Intake
 from aioinfer.request import Encoding, GivenUp, Request, Source
 from aioinfer.signature import Signature, describe
 from aioinfer.transports import wire
+from aioinfer.transports.frames import FrameReader
 from aioinfer.transports.layouts import Layout, LayoutReceiver, LayoutSender, decode_layout
 from aioinfer.transports.payload import Packed, pack, unpack_object
 from aioinfer.transports.rows import Bodies, PackedColumns
 from aioinfer.transports.slots import Arenas
-from aioinfer.transports.wire import FrameReader, Kind, Slot, WireError
+from aioinfer.transports.wire import Kind, Slot, WireError
 
 _log = logging.getLogger("aioinfer")
 

@@ -13,8 +13,9 @@ from aioinfer.collation import Collator, Columns
 from aioinfer.request import Request, Source
 from aioinfer.signature import describe
 from aioinfer.transports import payload, wire
+from aioinfer.transports.frames import FrameReader
 from aioinfer.transports.rows import Bodies, PackedColumns
-from aioinfer.transports.wire import FrameReader, Kind
+from aioinfer.transports.wire import Kind
 
 DTYPES = [torch.float32, torch.int64, torch.bool, torch.uint8, torch.bfloat16, torch.float16]
 SHAPES: list[tuple[int, ...]] = [(), (1,), (3,), (2, 5), (0,), (3, 0), (7, 1, 3), (2000,)]

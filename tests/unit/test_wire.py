@@ -24,6 +24,7 @@ from aioinfer.errors import InferenceError, InvalidRequestError, ModelError
 from aioinfer.request import GivenUp
 from aioinfer.signature import describe
 from aioinfer.transports import dtypes, payload, wire
+from aioinfer.transports.frames import FrameReader
 from aioinfer.transports.layouts import (
     LAYOUT_IDS,
     OBJECT,
@@ -72,7 +73,7 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def read_all(stream: bytes, cuts: list[int] | None = None, **options: Any) -> list[Any]:
     """What a reader makes of a stream that comes in pieces."""
-    reader = wire.FrameReader(**options)
+    reader = FrameReader(**options)
     frames: list[Any] = []
     bounds = [0, *sorted(cuts or []), len(stream)]
     for start, stop in itertools.pairwise(bounds):
@@ -760,7 +761,7 @@ class TestReader:
 
     def test_bodies_are_memory_of_their_own(self) -> None:
         """A body handed out is writable, and not touched by what comes later."""
-        reader = wire.FrameReader()
+        reader = FrameReader()
         bodies = []
         for fill in range(1, 4):
             for size in (10, 100_000):
@@ -778,13 +779,38 @@ class TestReader:
             assert not memoryview(body).readonly
             assert torch.frombuffer(body, dtype=torch.uint8).data_ptr() % 8 == 0
 
+    def test_just_one_request(self) -> None:
+        """What is one whole REQUEST and nothing else is handed out at once; nothing else is."""
+        whole = wire.frame(Kind.REQUEST, b"abc")
+        others = {
+            "another kind": wire.frame(Kind.REPLY, b"abc"),
+            "a part": whole[:-1],
+            "part of a header": whole[:5],
+            "two": whole * 2,
+            "too large": wire.frame(Kind.REQUEST, b"abcd"),
+        }
+        for what, stream in others.items():
+            reader = FrameReader(max_body=3)
+            reader.space()[: len(stream)] = stream
+            assert reader.request(len(stream)) is None, what
+            if what == "a part":  # it is not lost, and what completes it is no whole request
+                assert reader.received(len(stream)) == []
+                reader.space()[:1] = whole[-1:]
+                assert reader.request(1) is None
+                assert reader.received(1) == [(Kind.REQUEST, bytearray(b"abc"))]
+        reader = FrameReader(max_body=3)
+        for _ in range(2):
+            reader.space()[: len(whole)] = whole
+            assert reader.request(len(whole)) == bytearray(b"abc")
+            assert reader.is_empty
+
     def test_an_announced_giant_that_never_comes(self) -> None:
         """Memory grows with what came, not with what was announced."""
-        header = wire._HEADER.pack(1 << 30, Kind.REPLY)
+        header = wire.HEADER.pack(1 << 30, Kind.REPLY)
         gc.collect()
         tracemalloc.start()
         try:
-            reader = wire.FrameReader()
+            reader = FrameReader()
             reader.space()[:8] = header
             assert reader.received(8) == []
             reader.space()
@@ -797,16 +823,16 @@ class TestReader:
     def test_a_count_that_cannot_be(self, received: int) -> None:
         """More than there was room for is the caller's mistake."""
         with pytest.raises(ValueError, match="between 0 and 65536"):
-            wire.FrameReader().received(received)
+            FrameReader().received(received)
 
     @pytest.mark.parametrize(
         ("garbage", "match"),
         [
             (b"GET / HTTP/1.1\r\n", "GET / HT.*kind must be one of"),
             (b"\0\0\0\0\0\0\0\0", "kind must be one of"),
-            (wire._HEADER.pack(0, 200), "kind must be one of"),
-            (wire._HEADER.pack(0, Kind.HELLO | 1 << 8), "three zero bytes"),
-            (wire._HEADER.pack(101, Kind.HELLO), "HELLO frame of 101 bytes.*allowed are 100"),
+            (wire.HEADER.pack(0, 200), "kind must be one of"),
+            (wire.HEADER.pack(0, Kind.HELLO | 1 << 8), "three zero bytes"),
+            (wire.HEADER.pack(101, Kind.HELLO), "HELLO frame of 101 bytes.*allowed are 100"),
         ],
         ids=["http", "zeros", "kind", "padding", "oversize"],
     )
@@ -816,7 +842,7 @@ class TestReader:
         for cuts in ([], list(range(len(after + garbage)))):
             with pytest.raises(WireError, match=match):
                 read_all(after + garbage + bytes(8), cuts, max_body=100)
-        reader = wire.FrameReader(max_body=100)
+        reader = FrameReader(max_body=100)
         stream = after + garbage
         reader.space()[: len(stream)] = stream
         if after:  # what came before the fault counts
