@@ -110,8 +110,7 @@ class PendingChannel(OnLoop):
         try:
             yield
         finally:
-            if self._guard is not None:
-                self._guard = None
+            if not carrier.ended.done():
                 self._forsake()
                 await asyncio.wait([carrier.ended], timeout=_ENDING_S)
 
@@ -147,13 +146,22 @@ class PendingChannel(OnLoop):
     def _end(self) -> None:
         carrier, self._carrier = self._carrier, None
         guard, self._guard = self._guard, None
-        if guard is not None:
-            # It does not wait, so this is all of it. Left to the garbage collector it would be a
-            # task of the event loop, which may have no turn left to run it.
-            with contextlib.suppress(StopIteration):
-                guard.aclose().send(None)
         if carrier is not None:
             carrier.close()
+        if carrier is not None and guard is not None:
+            # Until the connection has ended the loop may not be closed: one with TLS takes a while.
+            if carrier.ended.done():
+                _let_go(guard)
+            else:
+                carrier.ended.add_done_callback(lambda _: _let_go(guard))
+
+
+def _let_go(guard: AsyncGenerator[None, None]) -> None:
+    """What it was to wait for has come."""
+    # So it does not wait, and this is all of it. Left to the garbage collector it would be a task
+    # of the event loop, which may have no turn left to run it.
+    with contextlib.suppress(StopIteration, RuntimeError):  # it runs already: the loop ends
+        guard.aclose().send(None)
 
 
 class StreamCarrier(asyncio.Protocol):

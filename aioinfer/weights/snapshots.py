@@ -132,8 +132,9 @@ class SnapshotSender(Hub):
         self._given_up: list[Any] = []  # what was exported and is needed no more
         self._newest = self._filled(weights, ticket.version)
         self._announced: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._telling: threading.Thread | None = None
+        self.listen()  # first, for the other thread may find that it must close this
         self._telling = threads.start(self._tell_everybody, self.close)
-        self.listen()
         if running_loop() is None:
             self._announced.result()
 
@@ -306,8 +307,9 @@ class SnapshotSender(Hub):
         return over
 
     def _end(self) -> None:
-        if threading.current_thread() is not self._telling:
-            self._telling.join(_JOIN_S)
+        telling = self._telling
+        if telling is not None and telling is not threading.current_thread():
+            telling.join(_JOIN_S)
 
     # -- what a scheme adds -------------------------------------------------
 

@@ -126,7 +126,8 @@ def test_no_response_is_torn(kind: Any, serving: Callable[..., Any]) -> None:
 
 def test_what_was_not_sent_is_not_served() -> None:
     """2: even where the sender shares the trainer's storage, an unsent step is not served."""
-    model = Uniform()
+    # Or TorchRL's queue moves it there, on a thread of its own, and what is written then is lost.
+    model = Uniform().share_memory()
     scheme = SharedMemWeightSyncScheme()
     scheme.init_on_sender(model=model, devices=[torch.device("cpu")], model_id="policy")
     with in_thread(scheme) as server:
