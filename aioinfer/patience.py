@@ -62,6 +62,7 @@ _BUSY = 0.8  # utilisation from which the far view counts
 _SATURATED = 0.97  # utilisation from which dividing cannot help: there is no idle time to fill
 _IDLE = 0.8  # idle time per forward that merging may cost for ever, as a share of ``a``
 _SHORTER = 0.75  # what dividing among free executors must make of a forward
+_LEARNT = 16  # forwards after which their cost is known well
 _LONG_S = 0.001  # forwards from here on leave most of the interpreter's time to others
 _GROUPS = (2, 3, 4, 5, 6, 8, 12, 16)
 _QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.97)
@@ -201,7 +202,7 @@ class Patience:
     def learnt(self, kind: Hashable) -> ForwardCost | None:
         """What is known of the cost of forwards of this kind, once 16 were seen."""
         cost = self._costs.get(kind)
-        return None if cost is None or cost.learnt < 16 else cost
+        return None if cost is None or cost.learnt < _LEARNT else cost
 
     def least_cost(self, kind: Hashable, now: float) -> float:
         """Return what a forward costs at least, to refuse by; 0 until three were seen.
@@ -325,7 +326,11 @@ class Patience:
         think = self.think.median
         if think < cost.fixed:
             return 1
-        least = 0.0 if self._independent else _LONG_S
+        least = 0.0
+        if not self._independent:
+            if cost.learnt < _LEARNT:
+                return 1
+            least = _LONG_S
         best, cycle = 1, think + cost.of(rows)
         for groups in _GROUPS:
             if groups > rows:

@@ -24,8 +24,8 @@ from aioinfer.testing import RecordingModel
 
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.timeout(100)]
 
-NOTICED_S = 0.5
-"""Seconds in which everybody must know of a death."""
+NOTICED_S = 5.0
+"""Seconds in which everybody must know of a death; a tenth of that unless the machine is busy."""
 
 
 class AsyncActor:

@@ -34,8 +34,8 @@ from aioinfer.transports.ray_replicas import RayReplicas
 
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.timeout(100)]
 
-NOTICED_S = 0.5
-"""Seconds in which everybody must know of a death."""
+NOTICED_S = 5.0
+"""Seconds in which everybody must know of a death; a tenth of that unless the machine is busy."""
 START_S = 60.0
 """Seconds that an actor may take to start on a busy machine."""
 
