@@ -62,6 +62,7 @@ _BUSY = 0.8  # utilisation from which the far view counts
 _SATURATED = 0.97  # utilisation from which dividing cannot help: there is no idle time to fill
 _IDLE = 0.8  # idle time per forward that merging may cost for ever, as a share of ``a``
 _SHORTER = 0.75  # what dividing among free executors must make of a forward
+_SHORTER_HERE = 0.9  # what else dividing must make of a cycle, as the loop is woken for each group
 _LEARNT = 16  # forwards after which their cost is known well
 _LONG_S = 0.001  # forwards from here on leave most of the interpreter's time to others
 _GROUPS = (2, 3, 4, 5, 6, 8, 12, 16)
@@ -326,12 +327,11 @@ class Patience:
         think = self.think.median
         if think < cost.fixed:
             return 1
-        least = 0.0
+        least, best, cycle = 0.0, 1, think + cost.of(rows)
         if not self._independent:
             if cost.learnt < _LEARNT:
                 return 1
-            least = _LONG_S
-        best, cycle = 1, think + cost.of(rows)
+            least, cycle = _LONG_S, _SHORTER_HERE * cycle
         for groups in _GROUPS:
             if groups > rows:
                 break

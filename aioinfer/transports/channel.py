@@ -116,9 +116,8 @@ class Channel(abc.ABC):
         request.port = self  # type: ignore[assignment]
         self._asked[request_id] = Asked(request, slot)
         self._put(frames[0] if len(frames) == 1 else b"".join(frames))
-        if self.gone is not None:
-            self._asked.pop(request_id, None)
-            raise self._gone()
+        if self.gone is not None and self._asked.pop(request_id, None) is not None:
+            raise self._gone()  # else it was told, as one of those that were under way
 
     def _look_at(
         self, request: Request, signature: Signature, block: bool, frames: list[bytes]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import os
 import select
@@ -13,6 +14,7 @@ from collections import deque
 from typing import Any
 
 from aioinfer.errors import ServerDiedError
+from aioinfer.intake import running_loop
 from aioinfer.request import GivenUp, Request, Source
 from aioinfer.signature import describe
 from aioinfer.transports import channel as channels
@@ -317,7 +319,11 @@ class ThreadChannel(SocketChannel):
 
     def leave(self, source: Source) -> None:
         self._left.append(source)
-        self._let_go()
+        if running_loop() is None:
+            self._let_go()
+        else:  # a finalizer, on a loop that must not be blocked, however short the message is
+            with contextlib.suppress(RuntimeError):  # the interpreter ends
+                threading.Thread(target=self._let_go, name="aioinfer-leaves", daemon=True).start()
 
     def _let_go(self) -> None:
         # From a finalizer, perhaps in the middle of anything: never wait here.
