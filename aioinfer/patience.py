@@ -62,7 +62,7 @@ _BUSY = 0.8  # utilisation from which the far view counts
 _SATURATED = 0.97  # utilisation from which dividing cannot help: there is no idle time to fill
 _IDLE = 0.8  # idle time per forward that merging may cost for ever, as a share of ``a``
 _SHORTER = 0.75  # what dividing among free executors must make of a forward
-_SHORTER_HERE = 0.9  # what else dividing must make of a cycle, as the loop is woken for each group
+_THINKING = 0.25  # of a forward: less is not worth waking the loop for each group
 _LEARNT = 16  # forwards after which their cost is known well
 _LONG_S = 0.001  # forwards from here on leave most of the interpreter's time to others
 _GROUPS = (2, 3, 4, 5, 6, 8, 12, 16)
@@ -329,9 +329,9 @@ class Patience:
             return 1
         least, best, cycle = 0.0, 1, think + cost.of(rows)
         if not self._independent:
-            if cost.learnt < _LEARNT:
+            if cost.learnt < _LEARNT or think < _THINKING * cost.of(rows):
                 return 1
-            least, cycle = _LONG_S, _SHORTER_HERE * cycle
+            least = _LONG_S
         for groups in _GROUPS:
             if groups > rows:
                 break
