@@ -39,7 +39,8 @@ after the other? The cycle is Z + cost(N/G) if thinking is the bottleneck and G*
 executor is. Whichever G makes the longer of the two shortest is taken: the groups alternate
 from then on, one computing while the other thinks. Coroutines of the server's own interpreter can
 think while a forward runs, but only as far as the two leave each other room, and a short forward
-is mostly Python. So for them the forwards of the groups must be long. Should they leave no room
+is mostly Python. So for them the forwards of the groups must be long, and known well, and thinking
+must be a good part of a forward, for the loop is woken once per group. Should they leave no room
 all the same, the smaller batches turn out to cost more, and that is learnt.
 """
 
@@ -320,9 +321,7 @@ class Patience:
                 if forward < _SHORTER * shortest:
                     best, shortest = groups, forward
             return best
-        if not self.think.known:
-            return 1
-        if not self._far_sighted or self._competing or self._utilisation > _SATURATED:
+        if not (self._far_sighted and self.can_judge) or self._utilisation > _SATURATED:
             return 1
         think = self.think.median
         if think < cost.fixed:

@@ -191,25 +191,11 @@ class RayInferenceServer(ReplicatedServer):
 
     # -- weights ------------------------------------------------------------
 
-    async def aload_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> dict[int, int]:
-        """Load weights into every replica, between two batches, and into those to come.
-
-        They travel once, through Ray's object store.
-
-        Args:
-            state_dict: as the policy's own ``load_state_dict`` takes it.
-
-        Returns:
-            The version of each replica's policy from now on.
-
-        Raises:
-            RuntimeError: the policy does not take them.
-            ServerClosedError: the server is not running.
-            ServerDiedError: all replicas have died.
-        """
-        return await self._there(self._load, dict(state_dict))
-
     async def _load(self, state_dict: dict[str, torch.Tensor]) -> dict[int, int]:
+        return await self._there(self._load_there, state_dict)
+
+    async def _load_there(self, state_dict: dict[str, torch.Tensor]) -> dict[int, int]:
+        """Let the weights travel once, through Ray's object store."""
         ray = importlib.import_module("ray")
         reference = await anyio.to_thread.run_sync(ray.put, state_dict)
         async with self._loading:

@@ -86,7 +86,7 @@ class ReplicatedServer(HostedServer):
         return blocking(self.astats(reset=reset))
 
     async def aload_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> dict[int, int]:
-        """Load weights into every replica that lives, between two batches.
+        """Load weights into every replica, between two batches; into those to come, if any do.
 
         Args:
             state_dict: as the policy's own ``load_state_dict`` takes it.
@@ -99,7 +99,10 @@ class ReplicatedServer(HostedServer):
             ServerClosedError: the server is not running.
             ServerDiedError: all replicas have died.
         """
-        return await self._ask("load_state_dict", dict(state_dict))
+        return await self._load(dict(state_dict))
+
+    async def _load(self, state_dict: dict[str, torch.Tensor]) -> dict[int, int]:
+        return await self._ask("load_state_dict", state_dict)
 
     def load_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> dict[int, int]:
         """Load weights into every replica; :meth:`aload_state_dict` for threads."""

@@ -17,16 +17,35 @@ from typing import Any
 from aioinfer.request import Request
 
 
-class Waiter:
-    """Blocks one thread until its answer is here."""
+class Answered:
+    """Has an answer in the end: a result, or an error."""
 
-    __slots__ = ("_error", "_gone", "_lock", "_next", "_result")
+    __slots__ = ("_error", "_result")
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._lock.acquire()
         self._result: Any = None
         self._error: BaseException | None = None
+
+    def result(self) -> Any:
+        """Return the answer, or raise it; once."""
+        error, self._error = self._error, None
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error  # its traceback refers to this frame
+        return self._result
+
+
+class Waiter(Answered):
+    """Blocks one thread until its answer is here."""
+
+    __slots__ = ("_gone", "_lock", "_next")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lock = threading.Lock()
+        self._lock.acquire()
         self._next: Waiter | None = None
         self._gone = False
 
@@ -45,16 +64,6 @@ class Waiter:
         else:
             answered = self._leave()
         return answered
-
-    def result(self) -> Any:
-        """Return the answer, or raise it; once."""
-        error, self._error = self._error, None
-        if error is not None:
-            try:
-                raise error
-            finally:
-                del error  # its traceback refers to this frame
-        return self._result
 
     def _leave(self) -> bool:
         """Wait no longer; return whether the answer came in the meantime.

@@ -19,11 +19,35 @@ from tensordict.nn import (
     TensorDictModule,
 )
 
+from aioinfer.transports import wire
+from aioinfer.transports.payload import Packed
+
 PATIENCE_S = 10.0
 """Seconds after which what should have happened counts as never happening."""
 
 
 # -- requests and answers ---------------------------------------------------
+
+
+def encode_request(
+    request_id: int,
+    source: int,
+    layout_id: int,
+    payload: Packed,
+    rows: int = 1,
+    batched: bool = False,
+    *,
+    submitted_at: float,
+    in_slot: bool = False,
+    **options: Any,
+) -> bytes:
+    """A REQUEST in one go; the options are those of ``wire.encode_looks``."""
+    looks = wire.encode_looks(
+        source, layout_id, payload.nbytes, rows, batched, in_slot=in_slot, **options
+    )
+    return wire.complete_request(
+        looks, request_id, submitted_at, () if in_slot else payload.buffers
+    )
 
 
 def row(value: float, width: int = 3) -> TensorDict:

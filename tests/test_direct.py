@@ -18,7 +18,17 @@ import pytest
 from children import Child
 from conformance import remote
 from conformance.remote import LocalTransport
-from helpers import PATIENCE_S, InThread, action, doubling, row, until, wait_until, within
+from helpers import (
+    PATIENCE_S,
+    InThread,
+    action,
+    doubling,
+    encode_request,
+    row,
+    until,
+    wait_until,
+    within,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -371,7 +381,7 @@ def test_a_client_that_does_not_read(limit: int, monkeypatch: pytest.MonkeyPatch
             packed = pack(row(7))
             number, layout = LayoutSender().id_of(packed.layout)
             asked = b"".join(
-                wire.encode_request(n, 0, number, packed, submitted_at=0.0) for n in range(100)
+                encode_request(n, 0, number, packed, submitted_at=0.0) for n in range(100)
             )
             connection.sendall(wire.encode(wire.Join(0)) + (layout or b"") + asked)
             wait_until(lambda: server.stats().requests >= 100, "the requests")

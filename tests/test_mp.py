@@ -18,7 +18,17 @@ from typing import Any
 import pytest
 import torch
 from children import Child, Said
-from helpers import PATIENCE_S, InThread, action, doubling, row, rows, wait_until
+from helpers import (
+    PATIENCE_S,
+    InThread,
+    action,
+    doubling,
+    encode_request,
+    row,
+    rows,
+    until,
+    wait_until,
+)
 from tensordict import NonTensorData, TensorDict, TensorDictBase, tensorclass
 
 from aioinfer import (
@@ -534,9 +544,7 @@ def test_a_client_that_does_not_read(limit: int, monkeypatch: pytest.MonkeyPatch
         connection.settimeout(PATIENCE_S)
         packed = pack(row(7))
         number, layout = LayoutSender().id_of(packed.layout)
-        asked = b"".join(
-            wire.encode_request(n, 0, number, packed, submitted_at=0.0) for n in range(20)
-        )
+        asked = b"".join(encode_request(n, 0, number, packed, submitted_at=0.0) for n in range(20))
         connection.sendall(_hello(transport) + wire.encode(wire.Join(0)) + layout + asked)
         wait_until(lambda: server.stats().requests >= 20, "the answers")
         client = transport.sync_client()
@@ -548,3 +556,29 @@ def test_a_client_that_does_not_read(limit: int, monkeypatch: pytest.MonkeyPatch
         else:
             assert peers_of(transport) == 2
         assert action(client(row(9))) == 9
+
+
+async def test_sync_clients_that_are_collected_on_a_loop(monkeypatch: pytest.MonkeyPatch):
+    """Their goodbye might block, so another thread says it; who never asked says none."""
+    transport = MPTransport()
+    async with InferenceServer(doubling(), transport):
+        clients = [transport.sync_client() for _ in range(3)]
+        over = threading.Event()
+
+        def ask() -> None:
+            assert [action(client(row(1))) for client in clients] == [2, 2, 2]
+            over.wait(PATIENCE_S)  # the thread keeps its connection
+
+        asking = InThread(ask)
+        await until(lambda: [len(c._sources) for c in transport._channels()] == [3])
+        (channel,) = transport._channels()
+        idle = transport.sync_client()
+        with monkeypatch.context() as patched:
+            patched.setattr(threading, "Thread", None)  # to start one is an error
+            del idle
+            gc.collect()
+        del clients[1:]
+        gc.collect()
+        await until(lambda: len(channel._sources) == 1)
+        over.set()
+        await asking

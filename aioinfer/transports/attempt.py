@@ -16,6 +16,7 @@ from aioinfer.clock import Clock
 from aioinfer.errors import InferenceError, ServerClosedError, ServerDiedError
 from aioinfer.request import GivenUp, Request, Source
 from aioinfer.transports.base import InferenceTransport
+from aioinfer.waiting import Answered
 
 GONE = (ServerClosedError, ServerDiedError)
 """What a replica that is not there comes to."""
@@ -138,15 +139,14 @@ def _answer(handle: Any, result: Any, error: BaseException | None) -> None:
         pass
 
 
-class ReplicatedWaiter:
+class ReplicatedWaiter(Answered):
     """What a thread waits on: what its replica's link made for the purpose, one after the other."""
 
-    __slots__ = ("_error", "_result", "attempt")
+    __slots__ = ("attempt",)
 
     def __init__(self) -> None:
+        super().__init__()
         self.attempt: Attempt | None = None
-        self._result: Any = None
-        self._error: BaseException | None = None
 
     def wait(self, timeout: float | None) -> bool:
         """Block until answered or ``timeout`` seconds have passed; return whether answered."""
@@ -172,13 +172,3 @@ class ReplicatedWaiter:
             attempt.end()
             self._error = error
             return True
-
-    def result(self) -> Any:
-        """Return the answer, or raise it; once."""
-        error, self._error = self._error, None
-        if error is not None:
-            try:
-                raise error
-            finally:
-                del error  # its traceback refers to this frame
-        return self._result

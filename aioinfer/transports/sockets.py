@@ -22,6 +22,7 @@ from aioinfer.transports import wire
 from aioinfer.transports.channel import Asked, Channel, OnLoop
 from aioinfer.transports.dtypes import NotDenseError
 from aioinfer.transports.wire import WireError
+from aioinfer.waiting import Answered
 
 
 class SocketChannel(Channel):
@@ -176,16 +177,15 @@ class LoopChannel(OnLoop, SocketChannel):
         self.socket.close()
 
 
-class RemoteWaiter:
+class RemoteWaiter(Answered):
     """What a thread waits on: its own connection."""
 
-    __slots__ = ("_done", "_error", "_result", "channel")
+    __slots__ = ("_done", "channel")
 
     def __init__(self) -> None:
+        super().__init__()
         self.channel: ThreadChannel | None = None
         self._done = False
-        self._result: Any = None
-        self._error: BaseException | None = None
 
     def done(self) -> bool:
         """Whether the answer is here."""
@@ -203,16 +203,6 @@ class RemoteWaiter:
         """Block until answered or ``timeout`` seconds have passed; return whether answered."""
         assert self.channel is not None
         return self.channel.wait(self, timeout)
-
-    def result(self) -> Any:
-        """Return the answer, or raise it; once."""
-        error, self._error = self._error, None
-        if error is not None:
-            try:
-                raise error
-            finally:
-                del error  # its traceback refers to this frame
-        return self._result
 
 
 class ThreadChannel(SocketChannel):
@@ -318,6 +308,8 @@ class ThreadChannel(SocketChannel):
         return True
 
     def leave(self, source: Source) -> None:
+        if source not in self._sources:  # it was never asked for here
+            return
         self._left.append(source)
         if running_loop() is None:
             self._let_go()

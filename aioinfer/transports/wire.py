@@ -282,25 +282,6 @@ def complete_request(
     return b"".join((looks, _NUMBER.pack(request_id, submitted_at), *buffers))
 
 
-def encode_request(
-    request_id: int,
-    source: int,
-    layout_id: int,
-    payload: Packed,
-    rows: int = 1,
-    batched: bool = False,
-    *,
-    submitted_at: float,
-    in_slot: bool = False,
-    **options: Any,
-) -> bytes:
-    """A REQUEST that nobody will repeat; the options are those of :func:`encode_looks`."""
-    looks = encode_looks(
-        source, layout_id, payload.nbytes, rows, batched, in_slot=in_slot, **options
-    )
-    return complete_request(looks, request_id, submitted_at, () if in_slot else payload.buffers)
-
-
 def decode_number(body: Buffer) -> tuple[int, float]:
     """The id of a REQUEST, and when it was submitted."""
     request_id, at = _NUMBER.unpack_from(body, LOOKS_NBYTES)

@@ -600,6 +600,22 @@ def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
 
 
+def rounds_and_seconds(description: str, argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line of a benchmark that has no other options; used by those beside this."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
+    parser.add_argument(
+        "--seconds", type=float, default=1.0, help="of one measurement; default: %(default)s"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the JSON line there too")
+    args = parser.parse_args(argv)
+    if args.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {args.rounds}")
+    if args.seconds <= 0:
+        parser.error(f"--seconds must be more than 0, got {args.seconds}")
+    return args
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(

@@ -20,7 +20,6 @@ TorchRL's MonarchTransport cannot be constructed, so it is not among them.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import dataclasses
 import json
@@ -41,6 +40,7 @@ from in_process import (
     number,
     print_targets,
     ratio,
+    rounds_and_seconds,
     warn_if_busy,
 )
 from tensordict.nn import TensorDictModule
@@ -110,25 +110,9 @@ def targets(medians: dict[str, float]) -> list[Target]:
     ]
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description="Measure aioinfer with Monarch actors.")
-    parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
-    parser.add_argument(
-        "--seconds", type=float, default=1.0, help="of one measurement; default: %(default)s"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the JSON line there too")
-    args = parser.parse_args(argv)
-    if args.rounds < 1:
-        parser.error(f"--rounds must be at least 1, got {args.rounds}")
-    if args.seconds <= 0:
-        parser.error(f"--seconds must be more than 0, got {args.seconds}")
-    return args
-
-
 def main(argv: list[str] | None = None) -> int:
     """Measure, report; return the exit status."""
-    args = parse(argv)
+    args = rounds_and_seconds("Measure aioinfer with Monarch actors.", argv)
     try:
         from monarch.actor import shutdown_context
     except ImportError:

@@ -23,7 +23,6 @@ what the simulator foretells of both.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
@@ -44,6 +43,7 @@ from in_process import (
     note,
     print_targets,
     ratio,
+    rounds_and_seconds,
     warn_if_busy,
 )
 
@@ -234,25 +234,9 @@ def targets(medians: dict[str, float], simulated: dict[str, float]) -> list[Targ
     ]
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description="Measure aioinfer with Ray actors.")
-    parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
-    parser.add_argument(
-        "--seconds", type=float, default=1.0, help="of one measurement; default: %(default)s"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the JSON line there too")
-    args = parser.parse_args(argv)
-    if args.rounds < 1:
-        parser.error(f"--rounds must be at least 1, got {args.rounds}")
-    if args.seconds <= 0:
-        parser.error(f"--seconds must be more than 0, got {args.seconds}")
-    return args
-
-
 def main(argv: list[str] | None = None) -> int:
     """Measure, report; return the exit status."""
-    args = parse(argv)
+    args = rounds_and_seconds("Measure aioinfer with Ray actors.", argv)
     try:
         import ray as ray
     except ImportError:

@@ -80,6 +80,24 @@ def test_callers_of_the_same_interpreter_are_divided_for_long_forwards_only():
         assert patience.groups(KIND, 64) == groups
 
 
+def test_callers_of_the_same_interpreter_that_hardly_think_are_not_divided():
+    """A gain of a few per cent would go into waking the loop once more."""
+    for think_s, groups in ((0.0003, 1), (0.002, 2)):
+        patience = experienced(think_s, fixed=0.0001, per_row=0.00006, independent=False)
+        assert patience.groups(KIND, 64) >= groups
+        assert (patience.groups(KIND, 64) == 1) == (groups == 1)
+
+
+def test_callers_of_the_same_interpreter_are_divided_once_forwards_are_known_well():
+    """The first forwards of a policy, which are slow, divide nobody."""
+    patience = Patience(far_sighted=True, independent=False)
+    for _ in range(64):
+        patience.think.learn(0.006)
+    for seen in range(20):
+        assert (patience.groups(KIND, 64) > 1) == (seen >= 16)
+        patience.ended(KIND, (8, 64)[seen % 2], 1, 0.003 + 0.00005 * (8, 64)[seen % 2], now=1.0)
+
+
 def test_threads_of_the_same_interpreter_are_not_divided():
     """They would compute during each other's forwards, however long those are."""
     patience = experienced(0.006, fixed=0.003, per_row=0.00005, independent=False)

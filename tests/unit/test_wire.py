@@ -15,6 +15,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+from helpers import encode_request
 from hypothesis import given, settings
 from tensordict import NonTensorData, TensorDict, lazy_stack, tensorclass
 from tensordict.nn import InteractionType
@@ -114,9 +115,7 @@ def request_through(td: Any, side: Side | None = None) -> Any:
     side = side or Side()
     data, rows, batched, signature = describe(td, None)
     packed = payload.pack_described(data, rows, batched, signature)
-    frame = wire.encode_request(
-        1, 2, side.id_of(packed.layout), packed, rows, batched, submitted_at=0.0
-    )
+    frame = encode_request(1, 2, side.id_of(packed.layout), packed, rows, batched, submitted_at=0.0)
     body = body_of(frame, Kind.REQUEST)
     head = wire.decode_request(body)
     assert (head.rows, head.batched) == (rows, batched)
@@ -469,7 +468,7 @@ class TestMessages:
         """Every field of a request arrives, whatever the sampling mode."""
         packed = payload.pack(TensorDict({"x": torch.ones(4, 3)}, [4]))
         slot = wire.Slot(3, 4096, 1 << 33)
-        frame = wire.encode_request(
+        frame = encode_request(
             1 << 60, 7, 11, packed, 4, True, submitted_at=12.5, timeout=0.25, priority=-3,
             mode=mode, block=False, slot=slot, in_slot=True, reply_in_slot=True,
         )  # fmt: skip
@@ -480,7 +479,7 @@ class TestMessages:
     def test_a_plain_request(self) -> None:
         """One bare row without anything special arrives as that."""
         packed = payload.pack(TensorDict({"x": torch.ones(3)}))
-        body = body_of(wire.encode_request(1, 2, 3, packed, submitted_at=0.0), Kind.REQUEST)
+        body = body_of(encode_request(1, 2, 3, packed, submitted_at=0.0), Kind.REQUEST)
         assert wire.decode_request(body) == wire.RequestHead(
             1, 2, 3, 1, False, 0, None, 0.0, None, True, None, False, False
         )
@@ -489,7 +488,7 @@ class TestMessages:
     def test_a_slot_for_the_reply_alone(self) -> None:
         """A slot may be offered for the reply while the request is inline."""
         packed = payload.pack(TensorDict({"x": torch.ones(3)}))
-        frame = wire.encode_request(
+        frame = encode_request(
             1, 2, 3, packed, submitted_at=0.0, slot=wire.Slot(1, 8, 64), reply_in_slot=True
         )
         head = wire.decode_request(body_of(frame, Kind.REQUEST))
@@ -509,7 +508,7 @@ class TestMessages:
     def test_fields_out_of_range(self, at: int, value: bytes) -> None:
         """A field that means nothing is an error of the peer."""
         packed = payload.pack(TensorDict({}))
-        body = body_of(wire.encode_request(1, 2, 3, packed, submitted_at=0.0), Kind.REQUEST)
+        body = body_of(encode_request(1, 2, 3, packed, submitted_at=0.0), Kind.REQUEST)
         body[at : at + len(value)] = value
         with pytest.raises(WireError, match="REQUEST"):
             wire.decode_request(body)
@@ -517,12 +516,12 @@ class TestMessages:
     def test_slots_that_cannot_be(self) -> None:
         """A slot starts at a multiple of 8, and leaves nothing to send inline."""
         packed = payload.pack(TensorDict({"x": torch.ones(3)}))
-        frame = wire.encode_request(
+        frame = encode_request(
             1, 2, 3, packed, submitted_at=0.0, slot=wire.Slot(0, 4, 64), reply_in_slot=True
         )
         with pytest.raises(WireError, match="multiple of 8"):
             wire.decode_request(frame[8:])
-        frame = wire.encode_request(
+        frame = encode_request(
             1, 2, 3, packed, submitted_at=0.0, slot=wire.Slot(0, 8, 64), in_slot=True
         )
         with pytest.raises(WireError, match="in a slot"):
@@ -893,8 +892,8 @@ def _valid_frames() -> list[bytes]:
         wire.encode(wire.Arena(1, 2)),
         wire.encode(give_up),
         encode_layout(0, packed.layout),
-        wire.encode_request(1, 2, 0, packed, submitted_at=1.0, timeout=1.0),
-        wire.encode_request(1, 2, 0, rows, 3, True, submitted_at=1.0),
+        encode_request(1, 2, 0, packed, submitted_at=1.0, timeout=1.0),
+        encode_request(1, 2, 0, rows, 3, True, submitted_at=1.0),
         wire.encode_reply(1, 0, packed),
         wire.encode_error(1, ModelError("ö" * 20)),
         wire.encode_error(1, errors.ServerClosedError("x"), Kind.CLOSING),
