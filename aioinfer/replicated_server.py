@@ -112,7 +112,7 @@ class ReplicatedServer(HostedServer):
         """What each replica answers that lives."""
         if not self.is_alive:
             raise ServerClosedError("this server is not running; start it first")
-        numbers = list(self._replicas)
+        numbers = sorted(self._replicas)  # they are there in the order in which they were ready
         calls = [self._call(number, what, *args) for number in numbers]
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
         answers: dict[int, Any] = {}

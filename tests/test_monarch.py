@@ -319,7 +319,7 @@ def test_a_server_on_a_mesh_of_ones_own():
         for _ in range(2):
             with server:
                 assert action(server.sync_client()(row(2))) == 4
-                assert [stats.rows for stats in server.stats().values()] == [1, 0]
+                assert [(n, stats.rows) for n, stats in server.stats().items()] == [(0, 1), (1, 0)]
                 with pytest.raises(RuntimeError, match="already running"):
                     server.start()
             assert not server.is_alive
