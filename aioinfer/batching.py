@@ -11,9 +11,9 @@ The rules, in the order in which they decide:
 2.  A full batch waiting leaves at once; so does what there is once the queue is full (rule
     9), for more cannot join it.
 3.  Without a ``min_batch_size``: if everybody who is expected is already waiting, the batch
-    leaves at once, for nobody else can arrive; or the first of several groups does, where
-    taking turns is faster. Otherwise the batch is held for as long as that is worth while,
-    which is judged in :mod:`aioinfer.patience`. Expected are clients that joined and have not
+    leaves at once, for nobody else can arrive. Otherwise the batch is held for as long as that
+    is worth while, which is judged in :mod:`aioinfer.patience`. Either way a part of it leaves
+    alone where taking turns is faster. Expected are clients that joined and have not
     asked yet, and clients that got one of the latest answers and have not asked again.
 4.  ``timeout`` bounds the delay added here. It counts from the submission of the oldest
     waiting request, is not re-armed by later arrivals, and is cut short for a request whose
@@ -82,6 +82,9 @@ class Reason(enum.Enum):
     DEADLINE = "deadline"
     MINIMUM = "minimum reached"
     CLOSING = "closing"
+
+
+_BY_CHOICE = (Reason.NOT_WORTH_WAITING, Reason.ALL_CLIENTS_IN)
 
 
 class Dispatch(NamedTuple):
@@ -364,9 +367,9 @@ class Batcher:
         limit = queue.rows
         if limit > self.max_batch_size:
             limit = self.max_batch_size
-        if reason is Reason.ALL_CLIENTS_IN:
-            groups = self._patience.groups(kind, limit, self._free)
-            limit = -(-limit // groups)
+        if reason in _BY_CHOICE:
+            out = self._patience.expected(kind) * queue.rows // queue.requests
+            limit = -(-limit // self._patience.groups(kind, limit, out, self._free))
         if self._sizes is not None:
             limit = self._fitting(self._sizes, kind, limit, now)
         least_s = self._patience.least_cost(kind, now) if queue.may_expire else 0.0

@@ -34,10 +34,14 @@ interpreter do not: they compete with the forward, and one that starts while the
 way delays them all. Where there are such callers the batch waits for everybody who is expected,
 for ``COLD_TIMEOUT_S`` at most, and then stops expecting those who did not come.
 
-And where all callers are already waiting, the reverse question: one batch, or G batches one
-after the other? The cycle is Z + cost(N/G) if thinking is the bottleneck and G*cost(N/G) if the
-executor is. Whichever G makes the longer of the two shortest is taken: the groups alternate
-from then on, one computing while the other thinks. Coroutines of the server's own interpreter can
+And where nobody is to be waited for, the reverse question: one batch of the P rows, or G batches
+one after the other? If everybody came in batches of that size, the cycle would be Z + cost(P/G)
+if thinking is the bottleneck, and (N/P)*G*cost(P/G) if the executor is, N being all the rows,
+those that are out included. Whichever G makes the longer of the two shortest is taken: the groups
+take turns from then on, one computing while the others think, and since it is asked of each of
+them again, they become as many as it takes. Near the limit of the executor that stops, while others
+are out: rows that come at random, unlike those of groups, need a part of its time to make up for
+that. Coroutines of the server's own interpreter can
 think while a forward runs, but only as far as the two leave each other room, and a short forward
 is mostly Python. So for them the forwards of the groups must be long, and known well, and thinking
 must be a good part of a forward, for the loop is woken once per group. Should they leave no room
@@ -61,8 +65,10 @@ _COHORTS = 4  # batches whose callers are expected back; who is out for longer i
 _MOST = 0.7  # share of those expected that makes waiting a matter of the far view
 _BUSY = 0.8  # utilisation from which the far view counts
 _SATURATED = 0.97  # utilisation from which dividing cannot help: there is no idle time to fill
+_FULL = 0.9  # the same where others are out: those who come at random need some of it
 _IDLE = 0.8  # idle time per forward that merging may cost for ever, as a share of ``a``
 _SHORTER = 0.75  # what dividing among free executors must make of a forward
+_WORTH_IT = 0.98  # what dividing must make of a cycle
 _THINKING = 0.25  # of a forward: less is not worth waking the loop for each group
 _LEARNT = 16  # forwards after which their cost is known well
 _LONG_S = 0.001  # forwards from here on leave most of the interpreter's time to others
@@ -303,32 +309,32 @@ class Patience:
                 best, until, arrivals = saved, now + wait, coming
         return (until, max(1, math.ceil(arrivals - 1e-6))) if best > 0.0 else None
 
-    def groups(self, kind: Hashable, rows: int, free: int = 1) -> int:
-        """Into how many batches to divide ``rows`` rows that are all there is; at least 1.
+    def groups(self, kind: Hashable, rows: int, out: int = 0, free: int = 1) -> int:
+        """Into how many batches to divide ``rows`` rows, for which nobody is to wait; at least 1.
 
         Args:
             kind: their signature.
             rows: how many.
+            out: rows of those who are thinking, and may soon ask too.
             free: how many executors are free.
         """
         cost = self._costs.get(kind)
         if cost is None or rows < 2:
             return 1
         if free > 1:
-            best, shortest = 1, cost.of(rows)
-            for groups in range(2, min(free, rows) + 1):
-                forward = cost.fixed + cost.per_row * rows / groups
-                if forward < _SHORTER * shortest:
-                    best, shortest = groups, forward
-            return best
-        if not (self._far_sighted and self.can_judge) or self._utilisation > _SATURATED:
+            return 1 if out else self._groups_at_once(cost, rows, free)
+        if not (self._far_sighted and self.can_judge):
             return 1
-        think = self.think.median
-        if think < cost.fixed:
+        if self._utilisation > (_FULL if out else _SATURATED):
             return 1
-        least, best, cycle = 0.0, 1, think + cost.of(rows)
+        think, forward = self.think.median, cost.of(rows)
+        share = (rows + out) / rows
+        cycle = _WORTH_IT * max(think + forward, share * forward)
+        if think < cost.fixed or think + cost.fixed > cycle:
+            return 1
+        least, best = 0.0, 1
         if not self._independent:
-            if cost.learnt < _LEARNT or think < _THINKING * cost.of(rows):
+            if cost.learnt < _LEARNT or think < _THINKING * forward:
                 return 1
             least = _LONG_S
         for groups in _GROUPS:
@@ -337,7 +343,18 @@ class Patience:
             forward = cost.fixed + cost.per_row * rows / groups
             if forward < least:
                 break
-            longer = max(think + forward, groups * forward)
-            if longer < 0.98 * cycle:
-                best, cycle = groups, longer
+            turn, computing = think + forward, share * groups * forward
+            if max(turn, computing) < cycle:
+                best, cycle = groups, _WORTH_IT * max(turn, computing)
+            if computing > turn:
+                break
+        return best
+
+    @staticmethod
+    def _groups_at_once(cost: ForwardCost, rows: int, free: int) -> int:
+        best, shortest = 1, cost.of(rows)
+        for groups in range(2, min(free, rows) + 1):
+            forward = cost.fixed + cost.per_row * rows / groups
+            if forward < _SHORTER * shortest:
+                best, shortest = groups, forward
         return best

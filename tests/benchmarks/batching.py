@@ -88,6 +88,9 @@ WORKLOADS: dict[str, Workload] = {
         Clients(32, Uniform(1.9 * MS, 2.1 * MS), joins_at=3.5 * MS),
     ),
     "32, jittered lock-step": _of(Linear(4, 0.05), Clients(32, Uniform(1.5 * MS, 2.5 * MS))),
+    "32 in lock-step, b dominates": _of(Linear(0.1, 0.12), Clients(32, Constant(5 * MS))),
+    "64 in lock-step, mixed": _of(Linear(1, 0.05), Clients(64, Constant(10 * MS))),
+    "32, jittered, b dominates": _of(Linear(0.1, 0.12), Clients(32, Uniform(4 * MS, 6 * MS))),
     "64, exponential, b dominates": _of(Linear(0.2, 0.4), Clients(64, Exponential(5 * MS))),
     "32, exponential, mixed": _of(Linear(2, 0.1), Clients(32, Exponential(5 * MS))),
     "64, heavy-tailed": _of(Linear(3, 0.05), Clients(64, Pareto(2 * MS, 1.5))),
@@ -207,6 +210,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import NullLocator
 
     names = [row["name"] for row in rows]
     places = range(len(rows))
@@ -224,6 +228,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         axis.grid(axis="y", color="0.92")
         axis.set_axisbelow(True)
     axes[1].set_xscale("log")
+    ticks = (0.1, 0.2, 0.5, 1, 2, 5)
+    axes[1].set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes[1].xaxis.set_minor_locator(NullLocator())
     axes[0].set_yticks(list(places), names, fontsize=8)
     axes[0].invert_yaxis()
     axes[0].legend(fontsize=8, loc="lower left")

@@ -353,7 +353,7 @@ def _freshness(client: Any, process: Trainer, repeats: int) -> list[tuple[float,
 
 
 def apart(measure: Callable[..., Any], *args: Any) -> Any:
-    """What ``measure`` returns in a fresh process, whose memory is its own; ``None`` if it fails."""
+    """What ``measure`` returns in a process of its own; ``None`` if it fails."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_apart, args=(theirs, measure, *args))

@@ -71,6 +71,23 @@ def test_one_group_where_thinking_is_short():
     assert experienced(0.002, fixed=0.005, per_row=0.00001).groups(KIND, 64) == 1
 
 
+def test_a_group_is_divided_again_while_the_others_think():
+    """Where rows cost more than forwards do, 16 that wait leave in turns though 16 are out."""
+    patience = experienced(0.005, fixed=0.0001, per_row=0.00012)
+    assert patience.groups(KIND, 16, out=16) > 1
+    assert patience.groups(KIND, 2, out=30) == 1  # 16 such groups are what keeps it busy
+
+
+def test_near_the_limit_of_the_executor_nobody_is_divided_while_others_are_out():
+    """Smaller batches cost more, and rows that come at random need what they cost."""
+    for busy, groups in ((0.8, 2), (0.95, 1)):
+        patience = experienced(0.005, fixed=0.0001, per_row=0.00012)
+        for turn in range(100):
+            patience.saturated(float(turn))
+            patience.freed(turn + busy)
+        assert min(patience.groups(KIND, 16, out=16), 2) == groups
+
+
 def test_callers_of_the_same_interpreter_are_divided_for_long_forwards_only():
     """Ten times shorter, the same forwards would be waiting for the interpreter."""
     for scale, groups in ((1.0, 2), (0.1, 1)):

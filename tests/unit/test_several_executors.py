@@ -90,7 +90,7 @@ def test_what_waits_is_divided_only_where_that_makes_it_shorter():
         patience = Patience(far_sighted=True)
         for rows in (1, 2, 8, 32, 64) * 4:
             patience.ended("kind", rows, 1, fixed + per_row * rows, now=0.0)
-        return patience.groups("kind", 64, free)
+        return patience.groups("kind", 64, free=free)
 
     assert groups(fixed=0.001, per_row=0.001, free=1) == 1
     assert groups(fixed=0.001, per_row=0.001, free=2) == 2

@@ -149,6 +149,28 @@ def test_groups_that_take_turns_emerge_by_themselves():
     assert learnt.mean_batch_size == pytest.approx(32, abs=1)
 
 
+def test_groups_become_as_many_as_keep_the_executor_busy():
+    """In lock-step, where rows cost more than forwards do, nobody waits for more than a few."""
+    clients = [Clients(32, Constant(0.005))]
+    learnt, static = (
+        simulate(clients, LinearCost(0.0001, 0.00012), warmup=0.5, duration=2.0, **settings)
+        for settings in ({}, {"min_batch_size": 1})
+    )
+    assert learnt.throughput > 1.4 * static.throughput
+    assert learnt.p99_latency < 0.3 * static.p99_latency
+
+
+def test_rows_that_come_at_random_are_left_as_they_come():
+    """Near the limit of the executor, callers who are out of step are not divided further."""
+    clients = [Clients(32, Uniform(0.004, 0.006))]
+    learnt, static = (
+        simulate(clients, LinearCost(0.0001, 0.00012), warmup=0.5, duration=2.0, **settings)
+        for settings in ({}, {"min_batch_size": 1})
+    )
+    assert learnt.throughput > 0.98 * static.throughput
+    assert learnt.p99_latency < 1.15 * static.p99_latency
+
+
 # -- several replicas, and the network ----------------------------------------
 
 
