@@ -247,7 +247,8 @@ class ProcessInferenceServer(HostedServer):
         """Close the server and end its process; harmless if it is closed.
 
         Args:
-            timeout: seconds to drain; ``None`` for as long as the accepted requests take.
+            timeout: seconds to drain; ``None`` for as long as the accepted requests take, and,
+                if the process is stopped (SIGSTOP), until it is continued.
             drain: whether requests accepted so far are still answered.
         """
         if timeout is not None:

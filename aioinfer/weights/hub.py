@@ -18,6 +18,8 @@ from aioinfer.weights.doorbell import Doorbell
 _log = logging.getLogger("aioinfer")
 
 _JOIN_S = 5.0
+MAX_HALF_OPEN = 64
+"""Connections that have not shown the secret; with more than these, the oldest is closed."""
 
 
 class Peer:
@@ -64,6 +66,7 @@ class Hub(abc.ABC):
         self.closed = False
         self._doorbells: set[Doorbell] = set()
         """Of the receivers, and of those that are not known yet."""
+        self._half_open: dict[Doorbell, None] = {}  # a set that keeps its order
         self._token = token
         self._overtaken = overtaken
         self._listener = listener
@@ -149,10 +152,17 @@ class Hub(abc.ABC):
         peer: Peer | None = None
         with self.state:
             self._doorbells.add(doorbell)
+            self._half_open[doorbell] = None
             if self.closed:
                 doorbell.shut_down()
+            elif len(self._half_open) > MAX_HALF_OPEN:
+                oldest = next(iter(self._half_open))
+                del self._half_open[oldest]
+                oldest.shut_down()
         try:
             doorbell.prove(self._token, b"sender", b"receiver")
+            with self.state:
+                self._half_open.pop(doorbell, None)
             (name, version), _ = doorbell.receive()
             peer = Peer(name, doorbell, version)
             self._join(peer)
@@ -166,6 +176,7 @@ class Hub(abc.ABC):
                 self.drop(peer)
             with self.state:
                 self._doorbells.discard(doorbell)
+                self._half_open.pop(doorbell, None)
             doorbell.close()
 
     def _join(self, peer: Peer) -> None:

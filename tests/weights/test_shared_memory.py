@@ -6,8 +6,10 @@ import pickle
 from typing import Any
 
 import pytest
+from helpers import row, wait_until
 
-from aioinfer import SharedMemWeightSyncScheme, WeightSyncScheme
+from aioinfer import InferenceServer, SharedMemWeightSyncScheme, WeightSyncScheme
+from aioinfer.weights import hub
 from aioinfer.weights.buffers import Buffer, Pieces
 from aioinfer.weights.reading import read
 from aioinfer.weights.shared_sender import Sender
@@ -15,7 +17,7 @@ from aioinfer.weights.slots import AtHand, Outdated, Slots
 
 from .ends import LEAVES, Death, Ours, TrainersElsewhere
 from .models import Uniform
-from .suite import InAProcess, SchemeConformance, ThroughAProcess
+from .suite import InAProcess, SchemeConformance, ThroughAProcess, check
 
 
 class OnSharedMemory:
@@ -74,6 +76,21 @@ class TestEnds(Ends, Ours):
 
     def check_sender(self, trainer: Any) -> None:
         assert len(trainer._sender._buffers) <= 3
+
+    def test_many_who_say_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of those who connect and say nothing the oldest give way, so a receiver gets through."""
+        monkeypatch.setattr(hub, "MAX_HALF_OPEN", 8)
+        scheme = self.scheme()
+        scheme.init_on_sender(model=Uniform(value=3), version=3)
+        silent = [scheme._address.connect() for _ in range(100)]
+        wait_until(lambda: len(scheme._sender._half_open) == 8)
+        receiver = pickle.loads(pickle.dumps(scheme))
+        with InferenceServer(Uniform(), weight_sync=receiver) as server:
+            assert check(server.sync_client()(row(1)), 0) == 3
+            wait_until(lambda: len(scheme._sender._doorbells) <= 8 + 1)
+        scheme.close()
+        for connection in silent:
+            connection.close()
 
 
 def test_a_sender_that_was_superseded() -> None:
