@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import weakref
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -76,3 +77,31 @@ class BackgroundLoop:
                 started.set_exception(error)
                 return
             raise
+
+
+class OwnLoop:
+    """A background loop that is started when it is first needed, and ends with its owner.
+
+    Args:
+        owner: the object that it ends with.
+    """
+
+    def __init__(self, owner: object) -> None:
+        self.started: BackgroundLoop | None = None
+        """The loop, if it was needed."""
+        self._owner = weakref.ref(owner)
+        self._lock = threading.Lock()
+
+    def get(self) -> BackgroundLoop:
+        """Return the loop; of the owner only."""
+        with self._lock:
+            if self.started is None:
+                self.started = BackgroundLoop()
+                self._end = weakref.finalize(self._owner(), self.started.close_soon)
+                self._end.atexit = False  # its thread is a daemon
+            return self.started
+
+    def forget(self) -> None:
+        """Leave the loop to the parent of this forked process."""
+        if self.started is not None:
+            self._end.detach()

@@ -5,15 +5,14 @@ from __future__ import annotations
 import abc
 import asyncio
 import concurrent.futures
-import contextlib
-import os
 import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
 
-from aioinfer.blocking import BackgroundLoop
+from aioinfer.blocking import BackgroundLoop, OwnLoop
 from aioinfer.clock import Clock, MonotonicClock, RemoteTimer
+from aioinfer.forks import forgets
 from aioinfer.intake import Intake, loop_closed, running_loop
 from aioinfer.request import GivenUp, Request, Source
 from aioinfer.transports.base import InferenceTransport
@@ -59,7 +58,7 @@ class ChannelTransport(InferenceTransport):
         self._clock: Clock = MonotonicClock()
         self._intake: Intake | None = None
         self._begin()
-        _transports.add(self)
+        forgets(self)
 
     def _begin(self) -> None:
         """Start without connections."""
@@ -69,8 +68,7 @@ class ChannelTransport(InferenceTransport):
         )
         self._thread = threading.local()
         self._threads: weakref.WeakSet[ThreadChannel] = weakref.WeakSet()
-        self._background: BackgroundLoop | None = None
-        self._lock = threading.Lock()
+        self._background = OwnLoop(self)
         self._submitted = _Submitted()
 
     @abc.abstractmethod
@@ -173,12 +171,7 @@ class ChannelTransport(InferenceTransport):
         return channel
 
     def _background_loop(self) -> BackgroundLoop:
-        with self._lock:
-            if self._background is None:
-                self._background = BackgroundLoop()
-                self._end_background = weakref.finalize(self, self._background.close_soon)
-                self._end_background.atexit = False  # its thread is a daemon
-            return self._background
+        return self._background.get()
 
     # -- forks --------------------------------------------------------------
 
@@ -188,19 +181,6 @@ class ChannelTransport(InferenceTransport):
         # touched: the child shares the parent's epoll instance.
         for channel in self._channels():
             channel.forget()
-        if self._background is not None:
-            self._end_background.detach()
+        self._background.forget()
         self._intake = None
         self._begin()
-
-
-_transports: weakref.WeakSet[ChannelTransport] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    for transport in list(_transports):
-        with contextlib.suppress(Exception):
-            transport._after_fork()
-
-
-os.register_at_fork(after_in_child=_after_fork)

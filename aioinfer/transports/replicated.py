@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Mapping
@@ -17,9 +16,10 @@ from typing import Any
 
 import aioinfer.arguments as arguments
 from aioinfer.balancing import Balancer
-from aioinfer.blocking import BackgroundLoop
+from aioinfer.blocking import BackgroundLoop, OwnLoop
 from aioinfer.clock import Clock, MonotonicClock, RemoteTimer
 from aioinfer.errors import InferenceError, ServerClosedError
+from aioinfer.forks import forgets
 from aioinfer.intake import Intake
 from aioinfer.request import GivenUp, Request, Source
 from aioinfer.transports.attempt import GONE, Attempt, Replica, ReplicatedWaiter
@@ -74,18 +74,17 @@ class ReplicatedTransport(InferenceTransport):
         self._begin()
         for name, transport in (replicas or {}).items():
             self.add(name, transport)
-        _transports.add(self)
+        forgets(self)
 
     def _begin(self) -> None:
         """Start with nothing under way."""
         self._lock = threading.Lock()
-        self._background_lock = threading.Lock()
         self._balancer: Balancer[Replica] = Balancer(self._room or DEFAULT_ROOM)
         for replica in self._replicas.values():
             replica.rows, replica.back_at, replica.pause_s = 0, 0.0, 0.0
             self._balancer.add(replica, replica.room)
         self._absent: list[Replica] = []
-        self._background: BackgroundLoop | None = None
+        self._background = OwnLoop(self)
 
     def __reduce__(self) -> Any:
         with self._lock:
@@ -376,17 +375,11 @@ class ReplicatedTransport(InferenceTransport):
         return replicas if self._otherwise is None else [*replicas, self._otherwise]
 
     def _background_loop(self) -> BackgroundLoop:
-        with self._background_lock:
-            if self._background is None:
-                self._background = BackgroundLoop()
-                self._end_background = weakref.finalize(self, self._background.close_soon)
-                self._end_background.atexit = False  # its thread is a daemon
-            return self._background
+        return self._background.get()
 
     def _after_fork(self) -> None:
         """Forget, in a forked child, what is under way in the parent."""
-        if self._background is not None:
-            self._end_background.detach()
+        self._background.forget()
         for replica in self._all():
             replica.rows = 0
             replica.sources = weakref.WeakKeyDictionary()
@@ -404,15 +397,3 @@ def _elsewhere(
     for name, of_replica, its_room in replicas:
         transport.add(name, of_replica, its_room)
     return transport
-
-
-_transports: weakref.WeakSet[ReplicatedTransport] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    for transport in list(_transports):
-        with contextlib.suppress(Exception):
-            transport._after_fork()
-
-
-os.register_at_fork(after_in_child=_after_fork)

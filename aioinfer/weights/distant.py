@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 import contextlib
 import logging
-import os
 import socket
 import threading
 import weakref
@@ -13,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from aioinfer.errors import WeightSyncError
+from aioinfer.forks import forgets
 from aioinfer.weights import threads
 from aioinfer.weights.base import Link, WeightSyncScheme
 from aioinfer.weights.delivery import Delivery, Stage
@@ -49,7 +49,7 @@ class DistantScheme(WeightSyncScheme):
     def _begin(self) -> None:
         super()._begin()
         self._sender: Any = None
-        _schemes.add(self)
+        forgets(self)
 
     def _open_sender(self, weights: Weights, ticket: Ticket) -> Any:
         catch_up = weakref.WeakMethod(self._catch_up)  # a forgotten scheme ends its sender
@@ -112,18 +112,6 @@ class DistantScheme(WeightSyncScheme):
     @abc.abstractmethod
     def _make_link(self, receiver: Receiver, address: Any) -> DistantLink:
         """The receiver's end."""
-
-
-_schemes: weakref.WeakSet[DistantScheme] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    for scheme in list(_schemes):
-        with contextlib.suppress(Exception):
-            scheme._after_fork()
-
-
-os.register_at_fork(after_in_child=_after_fork)
 
 
 class DistantLink(Link):

@@ -40,8 +40,9 @@ class SocketLink(Link):
         return self.server._transports[0]
 
     async def told(self) -> None:
-        if self.transport._background is not None:  # what threads submit goes through it
-            await turn_of(self.transport._background.loop)
+        background = self.transport._background.started
+        if background is not None:  # what threads submit goes through it
+            await turn_of(background.loop)
         await until(self._everything_is_read, "everything to be read")
         intake = self.transport._intake
         if intake is not None:

@@ -38,8 +38,9 @@ class ReplicatedSocketLink(ReplicatedLink, SocketLink):
     """The same, where what was sent is not yet what was read."""
 
     async def told(self) -> None:
-        if self.replicated._background is not None:  # what threads submit goes through it
-            await turn_of(self.replicated._background.loop)
+        background = self.replicated._background.started
+        if background is not None:  # what threads submit goes through it
+            await turn_of(background.loop)
         await super().told()
 
 
