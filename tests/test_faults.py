@@ -129,7 +129,13 @@ class TestOutOfMemory:
         [
             (torch.OutOfMemoryError("CUDA out of memory."), True),
             (RuntimeError("CUDA error: out of memory"), True),
+            (
+                RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"),
+                True,
+            ),
             (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"), True),
+            (RuntimeError("MPS backend out of memory (MPS allocated: 5 GB)"), True),
+            (MemoryError(), True),
             (RuntimeError("shape mismatch"), False),
             (ValueError("out of memory"), False),
         ],
@@ -149,6 +155,42 @@ def assertion() -> BaseException:
 
 class TestDeviceDied:
     """A sticky error ends the server, and everybody is told why."""
+
+    @pytest.mark.parametrize(
+        ("message", "died"),
+        [
+            ("CUDA error: an illegal memory access was encountered", True),
+            ("CUDA error: unspecified launch failure", True),
+            ("CUDA error: misaligned address", True),
+            ("CUDA driver error: device-side assert triggered", True),
+            ("Triton Error [CUDA]: an illegal memory access was encountered", True),
+            ("CUDA error: out of memory", False),
+            ("CUDA error: operation not permitted when stream is capturing", False),
+            ("CUDA error: operation failed due to a previous error during capture", False),
+            ("CUDA error: dependency created on uncaptured work in another stream", False),
+            ("a policy's own words about an illegal memory access", False),
+        ],
+    )
+    def test_what_it_looks_like(self, message: str, died: bool) -> None:
+        """Errors that stay are told from those of one call, and of a policy."""
+        assert (device_died(RuntimeError(message)) is not None) is died
+
+    @pytest.mark.parametrize("responds", [True, False])
+    def test_a_library_that_fails(self, responds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What cuBLAS and cuDNN say does not tell, so the device is asked."""
+
+        class Stream:
+            def synchronize(self) -> None:
+                if not responds:
+                    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+        for message in (
+            "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm( handle)`",
+            "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED",
+        ):
+            assert (device_died(RuntimeError(message)) is None) is responds
 
     @pytest.mark.parametrize("make", [assertion, lambda: RuntimeError(ASSERTION)])
     async def test_everybody_is_told(

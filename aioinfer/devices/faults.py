@@ -11,27 +11,38 @@ from aioinfer.errors import ServerDiedError
 
 _log = logging.getLogger("aioinfer")
 
-# A CUDA error stays with the process: every later call fails with it. These do not.
+_OF_A_DEVICE = (
+    "CUDA error: ",  # also of cuBLAS and the like
+    "CUDA driver error: ",
+    "HIP error: ",
+    "Triton Error [",  # compiled policies
+    "cuDNN error: ",
+)
+# Such an error stays with the process: every later call fails with it. These do not.
 _PASSING = (
     "out of memory",
     "invalid argument",
     "invalid configuration argument",
     "invalid device function",
+    "invalid device ordinal",
+    "invalid resource handle",
     "no kernel image",
-    "operation not supported",
-    "operation not permitted when stream is capturing",
+    "not supported",
+    "captur",  # what must not be done while a graph is captured
     "too many resources requested for launch",
+    "out of resource",
 )
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a smaller batch may succeed."""
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     if not isinstance(error, RuntimeError):
         return False
     message = str(error)
-    return "out of memory" in message or "can't allocate memory" in message
+    return any([phrase in message for phrase in _OUT_OF_MEMORY])
 
 
 def device_died(error: BaseException) -> ServerDiedError | None:
@@ -39,15 +50,27 @@ def device_died(error: BaseException) -> ServerDiedError | None:
     if not isinstance(error, RuntimeError):  # torch.AcceleratorError is one
         return None
     message = str(error)
-    if not message.startswith(("CUDA error: ", "HIP error: ")):
+    if not message.startswith(_OF_A_DEVICE) or is_out_of_memory(error):
         return None
-    if any(passing in message for passing in _PASSING):
+    if any([passing in message for passing in _PASSING]):
+        return None
+    if "_STATUS_" in message and _responds():  # a library's code, which says little
         return None
     died = ServerDiedError(
         f"the device failed, and cannot be used by this process any more: {message}"
     )
     died.__cause__ = error
     return died
+
+
+def _responds() -> bool:
+    """Whether the device of the calling thread does what it is asked."""
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.current_stream().synchronize()
+        except RuntimeError:
+            return False
+    return True
 
 
 def copy_of(died: ServerDiedError) -> ServerDiedError:

@@ -9,14 +9,17 @@ everything else here can be tested without a device.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import threading
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 
-from aioinfer.devices.faults import device_died
+from aioinfer.devices.faults import device_died, is_out_of_memory
 from aioinfer.sampling import active_mode
 from aioinfer.tensordicts import new_tensordict
 
@@ -33,38 +36,70 @@ class Recorder(Protocol):
         """Return what runs it again, with the same addresses, and what it returned."""
 
 
+_one_at_a_time = threading.Lock()
+"""Held for a capture: torch can make one at a time in a process, whatever the device."""
+
+
 class CudaRecorder:
     """Records CUDA graphs, on the calling thread, into one memory pool.
 
     Args:
         device: where the policy is.
+        cuda: ``torch.cuda``; another one in tests.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, cuda: Any = torch.cuda) -> None:
         self._device = device
+        self._cuda = cuda
         self._pool: Any = None
         self._stream: Any = None
 
     def record(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         """Run it some times, to have made what is made once; then capture it."""
-        with torch.cuda.device(self._device):
+        cuda = self._cuda
+        with _one_at_a_time, cuda.device(self._device):
             if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
-                self._stream = torch.cuda.Stream()
-            current = torch.cuda.current_stream()
+                self._pool = cuda.graph_pool_handle()
+                self._stream = cuda.Stream()
+            current = cuda.current_stream()
             self._stream.wait_stream(current)
-            with torch.cuda.stream(self._stream):
+            # Where a capture fails, torch stays on its stream; leaving this block does not.
+            with cuda.stream(self._stream):
                 for _ in range(3):
                     run()
-            current.wait_stream(self._stream)
-            graph = torch.cuda.CUDAGraph()
-            # Other threads may use the device meanwhile, a learner for one.
-            with torch.cuda.graph(
-                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-            ):
-                outputs = run()
+                graph = cuda.CUDAGraph()
+                try:
+                    # Other threads may use the device meanwhile, a learner for one.
+                    with cuda.graph(
+                        graph,
+                        pool=self._pool,
+                        stream=self._stream,
+                        capture_error_mode="thread_local",
+                    ):
+                        outputs = run()
+                except BaseException as error:
+                    self._recover(graph)
+                    # To end a capture that has failed fails too: the reason is what came first.
+                    raise (error.__context__ or error) from None
             current.wait_stream(self._stream)
         return graph.replay, outputs
+
+    def _recover(self, graph: Any) -> None:
+        """Put right what torch leaves as it was during the capture, where that fails."""
+        with contextlib.suppress(Exception):
+            graph.reset()
+        with contextlib.suppress(Exception):  # raised where torch has done this
+            where = self._device.index, self._pool
+            torch._C._cuda_endAllocateToPool(*where)  # or no memory is given back from now on
+            torch._C._cuda_releasePool(*where)
+        with contextlib.suppress(Exception):
+            generator = self._cuda.default_generators[self._device.index]
+            try:
+                torch.empty(1, device=self._device).uniform_()
+            except RuntimeError:  # before torch 2.10 or so: it takes the capture to be going on
+                fresh = torch.Generator(self._device)
+                fresh.set_state(generator.get_state())
+                generator.graphsafe_set_state(fresh)
 
 
 Kind = tuple[Any, ...]
@@ -113,7 +148,8 @@ class Graphs:
         self._sizes = sizes
         self._recorder = recorder
         self._kinds = kinds
-        self._graphs: dict[tuple[Kind, int], _Graph] = {}
+        self._graphs: dict[tuple[Kind, int], _Graph | None] = {}
+        """``None`` for a size that there was no memory for."""
         self._works = True
         for kind in kinds.rows:
             if kind[0] is None:  # no sampling mode, which is set for single forwards only
@@ -124,9 +160,10 @@ class Graphs:
         kind = _kind(batch) if self._works else None
         if kind is None:
             return self._call(batch)
-        graph = self._graphs.get((kind, batch.batch_size[0]))
+        key = kind, batch.batch_size[0]
+        graph = self._graphs.get(key)
         if graph is None:
-            return self._first(kind, batch)
+            return self._call(batch) if key in self._graphs else self._first(kind, batch)
         for static, leaf in zip(graph.inputs, batch.values(), strict=True):
             static.copy_(leaf, non_blocking=True)
         graph.replay()
@@ -154,17 +191,34 @@ class Graphs:
             self._works = False
             self._graphs.clear()
             _log.warning(
-                "the policy cannot be captured as a CUDA graph and runs as it is: %r", error
+                "the policy cannot be captured as a CUDA graph and runs as it is: %r%s",
+                error,
+                _place_of(error),
             )
 
-    def _captured(self, row: dict[str, torch.Tensor], size: int) -> _Graph:
-        leaves = {key: leaf.expand(size, *leaf.shape[1:]).clone() for key, leaf in row.items()}
-        inputs = list(leaves.values())
-        # A new TensorDict each time, for the policy may write into it.
-        replay, outputs = self._recorder.record(
-            lambda: self._call(new_tensordict(dict(leaves), torch.Size([size])))
-        )
-        return _Graph(replay, inputs, outputs)
+    def _captured(self, row: dict[str, torch.Tensor], size: int) -> _Graph | None:
+        try:
+            leaves = {key: leaf.expand(size, *leaf.shape[1:]).clone() for key, leaf in row.items()}
+            # A new TensorDict each time, for the policy may write into it.
+            replay, outputs = self._recorder.record(
+                lambda: self._call(new_tensordict(dict(leaves), torch.Size([size])))
+            )
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            _log.warning("there is no memory to capture %d rows, which run as they are", size)
+            return None
+        return _Graph(replay, list(leaves.values()), outputs)
+
+
+def _place_of(error: BaseException) -> str:
+    """Where in a policy's code it was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [i for i, frame in enumerate(frames) if frame.filename == __file__]
+    if not ours or ours[-1] == len(frames) - 1:  # not by the policy
+        return ""
+    last = frames[-1]
+    return f", at {last.filename}:{last.lineno}: {last.line}"
 
 
 def _kind(batch: Any) -> Kind | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from tensordict.nn import InteractionType, TensorDictModule
 from aioinfer import InferenceServer
 from aioinfer.devices import assembly
 from aioinfer.devices.assembly import forward_sizes, preparation
-from aioinfer.devices.graphs import Graphs, Kinds
+from aioinfer.devices.graphs import CudaRecorder, Graphs, Kinds
 from aioinfer.sampling import sampling as in_mode
 from aioinfer.seeding import Stream
 from aioinfer.testing import RecordingModel
@@ -164,6 +166,24 @@ class TestGraphs:
         with pytest.raises(RuntimeError, match="illegal memory access"):
             graphs(RecordingModel(), recorder=recorder)(batch(1))
 
+    def test_a_size_without_memory(self, caplog: pytest.LogCaptureFixture) -> None:
+        """It runs as it is, and is not tried again; the others are replayed."""
+
+        class Small(CpuRecorder):
+            def record(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+                if len(run()["action"]) == 4:
+                    raise torch.OutOfMemoryError("CUDA out of memory.")
+                return super().record(run)
+
+        model, recorder = RecordingModel(), Small()
+        call = graphs(model, (1, 2, 4), recorder=recorder)
+        call(batch(1))
+        for values in ([1], [1, 2], [1, 2, 3, 4], [5, 6, 7, 8]):
+            assert call(batch(*values))["action"].tolist() == [2 * value for value in values]
+        assert (recorder.recorded, recorder.replayed) == (2, 2)
+        (record,) = caplog.records
+        assert "no memory to capture 4 rows" in record.getMessage()
+
     def test_sampling_modes(self) -> None:
         """A mode that requests ask for is captured with it."""
         policy = sampling(InteractionType.RANDOM)
@@ -189,6 +209,128 @@ class TestGraphs:
             zeros = batch(0, 0, 0, 0)
             found = call(one.attach(zeros))["action"]
             assert torch.equal(found, plain(other.attach(zeros))["action"])
+
+
+class FakeCuda:
+    """As much of ``torch.cuda`` as captures; on which stream things are done is written down."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.now: Any = self.Stream("forwards")
+        self.default_generators: list[Any] = []
+        self.capturing = False
+
+    def Stream(self, name: str = "side") -> Any:
+        cuda = self
+
+        class Stream:
+            def __str__(self) -> str:
+                return name
+
+            def wait_stream(self, other: Any) -> None:
+                cuda.log.append(f"{name} waits for {other}")
+
+        return Stream()
+
+    class CUDAGraph:
+        was_reset = False
+
+        def replay(self) -> None: ...
+
+        def reset(self) -> None:
+            FakeCuda.CUDAGraph.was_reset = True
+
+    def graph_pool_handle(self) -> tuple[int, int]:
+        self.log.append("a pool")
+        return (0, 1)
+
+    def device(self, device: torch.device) -> Any:
+        return contextlib.nullcontext()
+
+    def current_stream(self) -> Any:
+        return self.now
+
+    @contextlib.contextmanager
+    def stream(self, stream: Any) -> Iterator[None]:
+        before, self.now = self.now, stream
+        try:
+            yield
+        finally:
+            self.now = before
+
+    @contextlib.contextmanager
+    def graph(self, graph: Any, *, pool: Any, stream: Any, capture_error_mode: str) -> Any:
+        assert (pool, capture_error_mode) == ((0, 1), "thread_local")
+        self.capturing = True
+        self.now = stream
+        self.log.append("capture")
+        try:
+            yield
+        except RuntimeError:  # as torch does: the stream stays what it is
+            raise RuntimeError(
+                "CUDA error: operation failed due to a previous error during capture"
+            ) from None
+        finally:
+            self.capturing = False
+
+
+class TestCudaRecorder:
+    """What is asked of a device in order to capture."""
+
+    def test_the_order(self) -> None:
+        """Warmed up on a stream of its own, then captured there; one pool for all graphs."""
+        cuda = FakeCuda()
+        recorder = CudaRecorder(torch.device("cuda", 0), cuda)
+        for _ in range(2):
+            recorder.record(lambda: cuda.log.append(f"forward on {cuda.now}"))
+        one = [
+            "side waits for forwards",
+            *["forward on side"] * 3,
+            "capture",
+            "forward on side",
+            "forwards waits for side",
+        ]
+        assert cuda.log == ["a pool", *one, *one]
+        assert str(cuda.now) == "forwards"
+
+    def test_a_capture_that_fails(self, caplog: pytest.LogCaptureFixture) -> None:
+        """What the policy did is the reason given, with its place; the thread has its stream."""
+        cuda = FakeCuda()
+
+        def reads(td: TensorDictBase) -> TensorDictBase:
+            if cuda.capturing:
+                raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+            return td
+
+        call = graphs(reads, recorder=CudaRecorder(torch.device("cuda", 0), cuda))
+        for value in (1, 2, 3):
+            one = batch(value)
+            assert call(one) is one
+        assert str(cuda.now) == "forwards"
+        assert cuda.CUDAGraph.was_reset
+        (record,) = caplog.records
+        assert "operation not permitted when stream is capturing" in record.getMessage()
+        assert "test_graphs.py" in record.getMessage()
+        assert "raise RuntimeError(" in record.getMessage()
+
+    def test_one_at_a_time(self) -> None:
+        """Torch can capture one graph at a time in a process: a second replica waits."""
+        cuda = FakeCuda()
+        entered = threading.Event()
+
+        def capture(run: Callable[[], Any]) -> None:
+            CudaRecorder(torch.device("cuda", 0), cuda).record(run)
+
+        other = threading.Thread(target=capture, args=(entered.set,))
+
+        def first() -> None:
+            if cuda.capturing:
+                other.start()
+                assert not entered.wait(0.05)
+
+        capture(first)
+        other.join(10.0)
+        assert entered.is_set()
 
 
 class TestServer:
