@@ -21,7 +21,7 @@ from aioinfer.sampling import sampling
 from aioinfer.signature import Signature
 from aioinfer.splitting import cut
 from aioinfer.weights.receiving import Freshness
-from aioinfer.weights.slots import Slots
+from aioinfer.weights.slots import Policy, Slots
 
 _AS_IS = contextlib.nullcontext()
 
@@ -89,22 +89,23 @@ class ForwardPass:
         self._freshness = freshness
 
     def warm_up(self, request: Request) -> None:
-        """Run a forward of each size, the largest first, on rows like that of ``request``.
+        """Run a forward of each size and slot, the largest first, on rows like ``request``.
 
         Raises:
             Exception: what the policy raised.
         """
         for size in reversed(self._sizes or (1, 2)):
-            slot = self._slots.take()
+
+            def run(call: Policy, size: int = size) -> None:
+                call(self._collator.collate([request], 1, size))
+
             try:
                 with torch.no_grad():
-                    slot.call(self._collator.collate([request], 1, size))
+                    self._slots.rehearse(run)
             except Exception as error:
                 if not is_out_of_memory(error) or size == 1:
                     raise
                 self._room.exceeded(size, self._fewer(size))
-            finally:
-                self._slots.give_back(slot)
 
     def _answers(self, batch: Batch, requests: list[Request], rows: int) -> Columns | list[Outcome]:
         out_of_memory = False

@@ -280,7 +280,7 @@ class InferenceServer:
                 self._on_new_weights()
             return result
 
-        return update
+        return self._slots.after_caller(update)
 
     # -- what it does -------------------------------------------------------
 

@@ -120,6 +120,7 @@ class Slots:
         self._streams = streams or Streams()
         self.current = Slot(model, version, prepare(model))
         """The slot of the next batch; a batch gets it from :meth:`take`."""
+        self._streams.filled(self.current)
         self.epoch = 0
         """The sender that the current weights are from; a later one has a larger number."""
         self._spare: Slot | None = None
@@ -145,7 +146,22 @@ class Slots:
             if not slot.users and slot is not self.current:  # else nobody waits for it
                 self._using.notify_all()
 
+    def rehearse(self, run: Callable[[Policy], None]) -> None:
+        """Do with every copy of the policy what batches will do; before there are any."""
+        with self._updating:
+            for slot in (self.current, self._spare):
+                if slot is not None:
+                    self._streams.before_use(slot)
+                    try:
+                        run(slot.call)
+                    finally:
+                        self._streams.after_use(slot)
+
     # -- for updates by hand ------------------------------------------------
+
+    def after_caller(self, function: Callable[[], T]) -> Callable[[], T]:
+        """Return what is to run where the forwards run, as if the calling thread ran it."""
+        return self._streams.after_caller(function)
 
     def update(self, update_fn: Callable[[Any], T], *, mark: bool) -> T:
         """Change the current slot in place; only where the forwards run, and between two.
@@ -166,6 +182,7 @@ class Slots:
             finally:
                 # It may have changed more than weights, so the spare slot is of no use now.
                 self._spare = None
+                self._streams.filled(slot)
                 if _addresses(slot.model) != before:
                     slot.call = self._prepare(slot.model)
             if mark:
@@ -196,11 +213,6 @@ class Slots:
             WeightSyncError: the policy is not an ``nn.Module``, or parts of it are lazy.
         """
         return self._weights(self.current).manifest
-
-    def snapshot(self) -> Weights:
-        """Return a copy of the weights that serve now."""
-        with self._updating:
-            return self._weights(self.current).clone()
 
     def publish(
         self,
@@ -244,7 +256,7 @@ class Slots:
                         set_extra_state(slot.model, source.extra)
                     return self._serve(slot, version, epoch)
 
-            return self._run_between(write, timeout)
+            return self._run_between(self._streams.after_caller(write), timeout)
         while True:
             if self._spare is None:
                 self._run_between(self._make_spare, timeout)
@@ -306,7 +318,7 @@ class Slots:
                 "need it; mode='inplace' does without a copy"
             ) from error
         slot = Slot(model, current.version, self._prepare(model))
-        self._streams.after_use(slot)  # what fills it was queued here
+        self._streams.filled(slot)
         return slot
 
     def _weights(self, slot: Slot) -> Weights:

@@ -9,14 +9,19 @@ the slot, and the first forward that uses it waits for the copy.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 class Streams:
     """The CPU's: nothing to do. Also what the others look like."""
+
+    def filled(self, slot: Any) -> None:
+        """The calling thread has queued what makes the slot what it is."""
 
     def before_use(self, slot: Any) -> None:
         """A batch is about to use the slot; on the forward thread."""
@@ -29,6 +34,10 @@ class Streams:
         """What is copied inside is ordered against what uses the slot; on any thread."""
         yield
 
+    def after_caller(self, function: Callable[[], T]) -> Callable[[], T]:
+        """Return ``function`` for another thread, as if the calling one ran it itself."""
+        return function
+
 
 class _Marks:
     """What is known about one slot."""
@@ -36,8 +45,8 @@ class _Marks:
     __slots__ = ("used", "written")
 
     def __init__(self) -> None:
-        self.used: Any = None
-        """Recorded after the last forward that used it."""
+        self.used: dict[Any, Any] = {}
+        """By stream, recorded after the last work there that used it."""
         self.written: Any = None
         """Recorded after the last copy into it."""
 
@@ -59,6 +68,12 @@ class CudaStreams(Streams):
         self._cuda = cuda
         self._side = cuda.Stream(device=device)
 
+    def filled(self, slot: Any) -> None:
+        """Let whoever uses or overwrites the slot wait for what the current stream does."""
+        self.after_use(slot)
+        slot.marks.written = self._cuda.Event()
+        slot.marks.written.record(self._cuda.current_stream(self._device))
+
     def before_use(self, slot: Any) -> None:
         """Let the forward's stream wait for the copy."""
         marks = slot.marks
@@ -66,27 +81,43 @@ class CudaStreams(Streams):
             self._cuda.current_stream(self._device).wait_event(marks.written)
 
     def after_use(self, slot: Any) -> None:
-        """Remember how far the forward's stream has been filled."""
-        marks = slot.marks
-        if marks is None:
-            marks = slot.marks = _Marks()
-        if marks.used is None:
-            marks.used = self._cuda.Event()
-        marks.used.record(self._cuda.current_stream(self._device))
+        """Remember how far the current stream has been filled."""
+        marks = slot.marks = slot.marks or _Marks()
+        stream = self._cuda.current_stream(self._device)
+        if stream not in marks.used:
+            marks.used[stream] = self._cuda.Event()
+        marks.used[stream].record(stream)
 
     @contextlib.contextmanager
     def writing(self, slot: Any) -> Iterator[None]:
-        """Let what is copied inside wait for the slot's last use, and mark its end."""
-        marks = slot.marks
-        if marks is None:
-            marks = slot.marks = _Marks()
+        """Let what is copied inside wait for the slot's last uses, and mark its end."""
+        marks = slot.marks = slot.marks or _Marks()
         side, caller = self._side, self._cuda.current_stream(self._device)
         side.wait_stream(caller)
-        if marks.used is not None:
-            side.wait_event(marks.used)
+        for used in list(marks.used.values()):
+            side.wait_event(used)
         written = self._cuda.Event()
         with self._cuda.stream(side):
             yield
             written.record(side)
         marks.written = written
         caller.wait_event(written)
+
+    def after_caller(self, function: Callable[[], T]) -> Callable[[], T]:
+        """Let it wait for what the caller has queued; when it returns, the device is done too.
+
+        Or the weights that an optimiser's step is about to write would be read too early, and
+        those that the next step writes too late.
+        """
+        event = self._cuda.Event()
+        event.record(self._cuda.current_stream(self._device))
+
+        def run() -> T:
+            stream = self._cuda.current_stream(self._device)
+            stream.wait_event(event)
+            try:
+                return function()
+            finally:
+                stream.synchronize()
+
+        return run

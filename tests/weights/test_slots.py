@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
 import torch
 from helpers import InThread, outcomes, row, until, within
+from tensordict import TensorDictBase
 from torch import nn
 
 from aioinfer import InferenceServer, InProcessWeightSyncScheme, WeightSyncError
@@ -233,6 +236,9 @@ class FakeCuda:
             def wait_stream(self, other: Any) -> None:
                 cuda.calls.append(f"{name} waits for {other}")
 
+            def synchronize(self) -> None:
+                cuda.calls.append(f"the thread waits for {name}")
+
         return Stream()
 
     def Event(self) -> Any:
@@ -286,6 +292,80 @@ def test_the_order_on_a_device() -> None:
     slots.give_back(slot)
     assert cuda.calls == ["serving waits for an event of side", "serving records"]
     assert slot.version == 3
+
+
+def test_who_uses_a_slot_on_a_device() -> None:
+    """A copy waits for all of them: a replica on another thread may read it too."""
+    cuda = FakeCuda()
+    slots = Slots(Uniform(), 0, streams=CudaStreams(torch.device("cpu"), cuda))
+    slots.publish(weights(1), 1)
+    slots.give_back(slots.take())
+    serving, cuda.now = cuda.now, cuda.Stream("follower")
+    slots.give_back(slots.take())
+    cuda.now = serving
+    slots.publish(weights(2), 2)
+    cuda.calls.clear()
+    slots.publish(weights(3), 3)
+    assert cuda.calls[1:3] == [
+        "side waits for an event of serving",
+        "side waits for an event of follower",
+    ]
+
+
+def test_a_policy_on_a_device_is_there_before_it_is_used() -> None:
+    """The first forward waits for what made the policy, on whatever stream that was."""
+    cuda = FakeCuda()
+    cuda.now = cuda.Stream("building")
+    slots = Slots(Uniform(), 0, streams=CudaStreams(torch.device("cpu"), cuda))
+    cuda.now = cuda.Stream("serving")
+    cuda.calls.clear()
+    slots.take()
+    assert cuda.calls == ["serving waits for an event of building"]
+
+
+@pytest.mark.parametrize("mode", ["by hand", "inplace"])
+def test_weights_that_the_forward_thread_writes_on_a_device(mode: str) -> None:
+    """They are read once the caller has computed them, and before the caller goes on."""
+    cuda = FakeCuda()
+    caller = cuda.Stream("trainer")
+
+    def between(function: Callable[[], Any]) -> Future[Any]:
+        cuda.now = cuda.Stream("serving")
+        future: Future[Any] = Future()
+        future.set_result(function())
+        cuda.now = caller
+        return future
+
+    streams = CudaStreams(torch.device("cpu"), cuda)
+    slots = Slots(Uniform(), 0, between=between, streams=streams)
+    cuda.now = caller
+    cuda.calls.clear()
+    if mode == "inplace":
+        slots.publish(weights(1), 1, mode="inplace")
+    else:
+        between(slots.after_caller(lambda: slots.update(lambda model: None, mark=True)))
+    assert cuda.calls[:2] == ["trainer records", "serving waits for an event of trainer"]
+    assert cuda.calls[-1] == "the thread waits for serving"
+    assert slots.current.version == 1
+
+
+async def test_both_slots_are_warmed_up() -> None:
+    """What an example is for, such as compiling, is done for the weights to come, too."""
+    seen: list[tuple[int, int]] = []
+
+    class Policy(Uniform):
+        def forward(self, td: TensorDictBase) -> TensorDictBase:
+            seen.append((id(self), td.batch_size[0]))
+            return super().forward(td)
+
+    scheme = InProcessWeightSyncScheme()
+    scheme.init_on_sender(model=Uniform())
+    async with InferenceServer(
+        Policy(), weight_sync=scheme, batch_sizes=[2, 4], max_batch_size=4, example=row(0)
+    ):
+        assert [size for _, size in seen] == [4, 4, 2, 2]
+        assert len({slot for slot, _ in seen}) == 2
+    scheme.close()
 
 
 def test_no_batch_waits_for_the_spare_slot() -> None:
