@@ -47,7 +47,7 @@ def sizes(name: str, value: Any, largest: int) -> tuple[int, ...]:
 
 
 def device(name: str, value: Any) -> torch.device | None:
-    """A torch device that there is, or ``None``."""
+    """A torch device that there is, with its number if there may be several, or ``None``."""
     if value is None:
         return None
     try:
@@ -60,6 +60,9 @@ def device(name: str, value: Any) -> torch.device | None:
             f"{name} must be a device of this machine, got {value!r}; it has "
             f"{count or 'no'} {found.type} device{'s' * (count != 1)}"
         )
+    if str(found) == "cuda":
+        # Here, as threads have current devices of their own.
+        return torch.device("cuda", torch.cuda.current_device())
     return found
 
 

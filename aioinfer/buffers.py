@@ -46,17 +46,17 @@ def _ordinary(nbytes: int) -> torch.Tensor:
 class Buffers:
     """Gives out memory, and takes it back by itself. For one thread.
 
-    Sizes are rounded up to powers of two, with two buffers of each, so it holds at most eight
-    times the largest batch.
+    Sizes are rounded up to powers of two. With two buffers of each, it holds at most eight times
+    the largest batch.
 
     Args:
         allocate: makes memory of so many bytes; ``None`` for ordinary memory, where small tensors
             are left to the allocator.
-        per_size: how many buffers of each size.
+        per_size: how many buffers of each size; ``None`` for as many as are in use at a time.
     """
 
     def __init__(
-        self, allocate: Callable[[int], torch.Tensor] | None = None, per_size: int = 2
+        self, allocate: Callable[[int], torch.Tensor] | None = None, per_size: int | None = 2
     ) -> None:
         self._allocate = allocate or _ordinary
         self._least_nbytes = MIN_NBYTES if allocate is None else 0
@@ -76,8 +76,8 @@ class Buffers:
             if buffer.is_free:
                 break
         else:
-            if len(buffers) >= self._per_size:  # the policy keeps its batches
-                return None
+            if self._per_size is not None and len(buffers) >= self._per_size:
+                return None  # the policy keeps its batches
             buffer = _Buffer(self._allocate(capacity))
             buffers.append(buffer)
         return buffer.take(nbytes).view(dtype).view(shape)

@@ -103,6 +103,7 @@ class Collator:
         version_key: under which the policy version is added, ``None`` for not at all.
         return_inputs: whether a result holds the request's own entries too.
         buffers: memory for batches; ``None`` for ordinary memory.
+        lend: told of each tensor of a result; ``None`` where nobody needs to know.
     """
 
     def __init__(
@@ -115,6 +116,7 @@ class Collator:
         version_key: Any,
         return_inputs: bool,
         buffers: Buffers | None = None,
+        lend: Callable[[torch.Tensor], None] | None = None,
     ) -> None:
         self._collate_fn = collate_fn
         self._device = device
@@ -124,6 +126,7 @@ class Collator:
         self._version_key = version_key
         self._return_inputs = return_inputs
         self._buffers = Buffers() if buffers is None else buffers
+        self._lend = lend
 
     # -- requests to a batch ------------------------------------------------
 
@@ -271,7 +274,17 @@ class Collator:
             # It may belong to the policy, which writes its next answer there (`out=`, a graph),
             # and its rows may share memory (`expand`): a reply belongs to its caller alone.
             moved = leaf.clone(memory_format=torch.contiguous_format)
+        if self._lend is not None:
+            self._lend(moved)
         return moved
+
+    def handed_over(self, result: TensorDictBase) -> TensorDictBase:
+        """Return a result of memory of its own, which is its caller's from now on."""
+        if self._lend is not None:
+            for leaf in result.values(include_nested=True, leaves_only=True):
+                if isinstance(leaf, torch.Tensor):
+                    self._lend(leaf)
+        return result
 
     def _split_any(
         self,
@@ -302,7 +315,7 @@ class Collator:
         start = 0
         for request in requests:
             piece = answer[start : start + request.rows] if request.batched else answer[start]
-            results.append(piece.clone())
+            results.append(self.handed_over(piece.clone()))
             start += request.rows
         return results
 

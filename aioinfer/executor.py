@@ -49,12 +49,10 @@ class ThreadExecutor:
     """The executor of production: one thread, and one that waits for a device, if there is one.
 
     Args:
-        enter: called on the thread when it begins.
         in_flight: how many batches may have been started and not be finished.
     """
 
-    def __init__(self, enter: Callable[[], None] | None = None, in_flight: int = 1) -> None:
-        self._enter = enter
+    def __init__(self, in_flight: int = 1) -> None:
         self._in_flight = in_flight
         self._thread: threading.Thread | None = None
         self._stopping = False
@@ -78,7 +76,6 @@ class ThreadExecutor:
                     run,
                     finished,
                     Flights(finished, free, self._in_flight),
-                    self._enter,
                     predecessor,
                     self._stopped,
                 ),
@@ -125,7 +122,6 @@ def _work(
     run: Run,
     finished: Report,
     flights: Flights,
-    enter: Callable[[], None] | None,
     predecessor: threading.Thread | None,
     stopped: Future[None],
 ) -> None:
@@ -134,8 +130,6 @@ def _work(
     # OpenMP keeps the number of threads per calling thread: without this, a thread that
     # is not the main one runs its kernels on all cores, whatever the user has set.
     torch.set_num_threads(torch.get_num_threads())
-    if enter is not None:
-        enter()
     while (job := jobs.get()) is not None:
         if isinstance(job, _Call):
             flights.land()

@@ -151,7 +151,7 @@ class ForwardPass:
                 if isinstance(result, BaseException):
                     return result
                 results.append(result)
-            return torch.cat(results)
+            return self._collator.handed_over(torch.cat(results))
         except Exception as error:  # rows that cannot be cut, or joined
             if isinstance(error, _DeviceDiedError):
                 raise

@@ -14,8 +14,8 @@ from helpers import InThread, action, all_well, doubling, outcomes, row, rows, u
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule
 
-from aioinfer import InferenceServer, ModelError, ServerClosedError, ServerDiedError
-from aioinfer.devices import assembly
+from aioinfer import InferenceServer, ModelError, ServerClosedError, ServerDiedError, arguments
+from aioinfer.devices import assembly, staging
 from aioinfer.testing import RecordingModel
 
 
@@ -28,6 +28,8 @@ class PuppetLane:
         self.entered: set[int] = set()
         self.blocked = 0
         self.error: Exception | None = None
+        self.refuses: Exception | None = None
+        self.lent: list[torch.Tensor] = []
         self._marks = 0
         self._open = threading.Event()
         self._open.set()
@@ -51,7 +53,15 @@ class PuppetLane:
     # -- for the server -----------------------------------------------------
 
     def enter(self) -> None:
+        if self.refuses is not None:
+            raise self.refuses
         self.entered.add(threading.get_ident())
+
+    def follow(self) -> None:
+        self.log.append("follow")
+
+    def lend(self, tensor: torch.Tensor) -> None:
+        self.lent.append(tensor)
 
     def pinned(self, nbytes: int) -> torch.Tensor:
         self.allocated.append(nbytes)
@@ -132,8 +142,74 @@ class TestABatch:
     async def test_replies_that_stay_on_the_device(self, lanes: list[PuppetLane]) -> None:
         """They are not copied back, and are there when the caller gets them."""
         async with serve(doubling(), output_device=None) as server:
-            assert action(await within(server.async_client()(row(2)))) == 4
+            reply = await within(server.async_client()(row(2)))
+        assert action(reply) == 4
         assert lanes[0].log == ["copy in", "mark", "wait", "mark", "block"]
+        assert [lent.data_ptr() for lent in lanes[0].lent] == [reply["action"].data_ptr()]
+
+    async def test_replies_that_stay_and_are_not_plain(self, lanes: list[PuppetLane]) -> None:
+        """They are done too when the caller gets them, and their memory is the caller's."""
+
+        def policy(td: TensorDictBase) -> TensorDictBase:
+            return TensorDict({"deep": {"action": td["observation"] * 2}}, td.batch_size)
+
+        async with serve(policy, output_device=None) as server:
+            client = server.async_client()
+            replies = [await within(client(asked)) for asked in (row(2), rows([3, 4]))]
+        assert [action(reply["deep"]) for reply in replies] == [4, [6, 8]]
+        lent = {tensor.data_ptr() for tensor in lanes[0].lent}
+        assert lent >= {reply["deep", "action"].data_ptr() for reply in replies}
+        assert lanes[0].log[-2:] == ["mark", "block"]
+
+    async def test_requests_that_are_on_the_device(
+        self, lanes: list[PuppetLane], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What their callers have queued is waited for, on the device, before they are read."""
+        monkeypatch.setattr(staging, "_HOST", "elsewhere")
+        order: list[str] = []
+
+        def policy(td: TensorDictBase) -> TensorDictBase:
+            order.append("forward")
+            return TensorDict({"action": td["observation"] * 2}, td.batch_size)
+
+        async with serve(policy) as server:
+            lanes[0].log = order
+            assert action(await within(server.async_client()(row(2)))) == 4
+        assert order == ["follow", "forward"]
+
+    @pytest.mark.parametrize("options", [{"collate_fn": torch.stack}, {"output_device": "meta"}])
+    async def test_what_is_not_queued(
+        self, lanes: list[PuppetLane], options: dict[str, Any]
+    ) -> None:
+        """It runs on the device's thread all the same."""
+        model = RecordingModel()
+        async with serve(model, **options) as server:
+            await within(server.async_client()(row(1)))
+        assert lanes[0].entered == model.threads
+        assert "copy in" not in lanes[0].log
+
+    async def test_entries_of_one_size(self, lanes: list[PuppetLane]) -> None:
+        """A reply of several entries needs no more than its memory, and waits for nothing else."""
+
+        def policy(td: TensorDictBase) -> TensorDictBase:
+            found = {f"action {i}": td["observation"] + i for i in range(5)}
+            return TensorDict(found, td.batch_size)
+
+        async with serve(policy, max_batch_size=1, min_batch_size=1) as server:
+            (lane,) = lanes
+            client = server.async_client()
+            for _ in range(3):
+                lane.hold()
+                futures = [client.submit(row(value)) for value in range(4)]
+                await until(lambda: lane.log.count("copy out") == 2)
+                lane.release()
+                replies = await within(asyncio.gather(*futures))
+                for value, reply in enumerate(replies):
+                    found = [reply[f"action {i}"][0].item() for i in range(5)]
+                    assert found == [value + i for i in range(5)]
+                lane.log.clear()
+        # Two batches are in flight; a third may be gathered before the first has given back.
+        assert 2 * (5 + 1) <= len(lane.allocated) <= 3 * (5 + 1)
 
     async def test_requests_of_every_shape(self, lanes: list[PuppetLane]) -> None:
         """Bare rows, K rows, more rows than a batch, several leaves, small dtypes, padding."""
@@ -357,6 +433,46 @@ class TestFaults:
         assert all("illegal memory access" in str(error) for error in died)
         logged_errors.clear()
 
+    async def test_a_device_that_dies_under_replies_that_stay(
+        self, lanes: list[PuppetLane], logged_errors: list[str]
+    ) -> None:
+        """It is found out while they are waited for; nobody hangs."""
+
+        def policy(td: TensorDictBase) -> TensorDictBase:
+            return TensorDict({"deep": {"action": td["observation"]}}, td.batch_size)
+
+        async with serve(policy, output_device=None) as server:
+            client = server.async_client()
+            await within(client(row(1)))
+            lanes[0].error = RuntimeError("CUDA error: unspecified launch failure")
+            found = await outcomes(*(client(row(value)) for value in range(3)))
+            await until(lambda: not server.is_alive)
+        assert {type(error) for error in found} <= {ServerDiedError, ServerClosedError}
+        assert "unspecified launch failure" in str(found[0])
+        logged_errors.clear()
+
+    @pytest.mark.parametrize("warmed_up", [False, True])
+    async def test_a_device_that_cannot_be_entered(
+        self, lanes: list[PuppetLane], warmed_up: bool, logged_errors: list[str]
+    ) -> None:
+        """Everybody is told, or the server does not start; it can be started again."""
+        server = serve(doubling(), example=row(0) if warmed_up else None)
+        (lane,) = lanes
+        lane.refuses = RuntimeError("CUDA error: all CUDA-capable devices are busy")
+        if warmed_up:
+            with pytest.raises(RuntimeError, match="devices are busy"):
+                await within(server.__aenter__())
+        else:
+            async with server:
+                found = await outcomes(*(server.async_client()(row(value)) for value in range(3)))
+                assert [type(error) for error in found] == [ServerDiedError] * 3
+                assert "devices are busy" in str(found[0])
+        lane.refuses = None
+        async with server:
+            assert action(await within(server.async_client()(row(2)))) == 4
+        assert len(lane.entered) >= 1
+        logged_errors.clear()
+
     async def test_an_answer_that_is_none(self, lanes: list[PuppetLane]) -> None:
         """A policy that returns something else is an error that says so, as without a device."""
         async with serve(lambda td: td["observation"]) as server:
@@ -411,6 +527,18 @@ class TestLife:
             await within(server.async_client()(row(2)))
             names = [thread.name for thread in set(threading.enumerate()) - before]
             assert names == ["aioinfer-executor"]
+
+
+def test_which_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a number it is the caller's current one; for replies, that of their replica."""
+    monkeypatch.setattr(arguments, "_count_of", lambda kind: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    both = [torch.device("cuda", 0), torch.device("cuda", 1)]
+    assert arguments.device("device", "cuda") == both[1]
+    assert arguments.device("device", "cuda:0") == both[0]
+    assert assembly._targets("cuda", both) == both
+    assert assembly._targets("cuda:0", both) == [both[0]] * 2
+    assert assembly._targets(None, both) == [torch.device("cpu")] * 2
 
 
 async def test_a_forward_costs_what_it_takes_itself(lanes: list[PuppetLane]) -> None:

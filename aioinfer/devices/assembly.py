@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,9 +86,7 @@ def assemble(
     places = _places(device, devices)
     if executor is not None and len(places) > 1:
         raise ValueError(f"executor runs one replica, but there are {len(places)} devices")
-    results_on = arguments.device("output_device", output_device)
-    if results_on is None and not _on_cpu(places):
-        results_on = _CPU
+    targets = _targets(output_device, places)
     if fixed_batch and _on_cpu(places) and torch.get_num_threads() > 1:
         warnings.warn(_THREADS, RuntimeWarning, stacklevel=3)
     options = _compile_options(compile)
@@ -96,16 +95,12 @@ def assemble(
     slots: list[Slots] = []
     forwards: list[ForwardPass] = []
     executors: list[Executor] = []
-    for place, copy in zip(places, _placed(model, places), strict=True):
-        lane = None
-        if executor is None and collation["collate_fn"] is None:
-            lane = _lane(place, results_on)
-        if executor is not None:
-            executors.append(executor)
-        elif lane is None:
-            executors.append(ThreadExecutor())
-        else:
-            executors.append(ThreadExecutor(lane.enter, IN_FLIGHT))
+    for place, target, copy in zip(places, targets, _placed(model, places), strict=True):
+        lane = None if executor is not None else _lane(place)
+        # Where replies go to yet another device, that is one step more than is staged.
+        staged = lane is not None and collation["collate_fn"] is None
+        staged = staged and target in (None, _CPU, place)
+        executors.append(executor or ThreadExecutor(IN_FLIGHT if staged else 1))
         on_cuda = place is not None and place.type == "cuda"
         recorder = CudaRecorder(place) if cuda_graphs and place is not None else None
         slots.append(
@@ -117,23 +112,46 @@ def assemble(
                 CudaStreams(place) if place is not None and on_cuda else None,
             )
         )
-        collator = Collator(device=place, output_device=results_on, **collation)
-        parts = slots[-1], collator, clock, sizes
+        collator = partial(Collator, **collation)
         if lane is None or place is None:
-            forwards.append(ForwardPass(*parts))
+            plain = collator(device=place, output_device=target)
+            forwards.append(ForwardPass(slots[-1], plain, clock, sizes))
         else:
-            staging = Collator(device=None, output_device=None, buffers=pinned(lane), **collation)
-            brings_back = results_on == _CPU
-            forwards.append(StagedForward(*parts, staging, lane, place, brings_back=brings_back))
+            forwards.append(
+                _queued_forward(slots[-1], collator, clock, sizes, lane, place, target, staged)
+            )
     return Replicas(slots, forwards, executors)
 
 
-def _lane(place: torch.device | None, results_on: torch.device | None) -> Lane | None:
-    """The queues of a device that has some, if replies stay there or go to the CPU."""
-    if place is None or place.type != "cuda" or results_on is None:
-        return None
-    stay = results_on.type == "cuda" and (results_on.index or 0) == (place.index or 0)
-    return CudaLane(place) if stay or results_on == _CPU else None
+def _queued_forward(
+    slots: Slots,
+    collator: Callable[..., Collator],
+    clock: Clock,
+    sizes: Sequence[int] | None,
+    lane: Lane,
+    place: torch.device,
+    target: torch.device | None,
+    staged: bool,
+) -> StagedForward:
+    brings_back = target == _CPU
+    lend = lane.lend if not brings_back and target in (None, place) else None
+    there = collator(device=place, output_device=target, lend=lend)
+    here = collator(device=None, output_device=None, buffers=pinned(lane), lend=lend)
+    return StagedForward(
+        slots,
+        there,
+        clock,
+        sizes,
+        here if staged else None,
+        lane,
+        place,
+        brings_back=brings_back,
+    )
+
+
+def _lane(place: torch.device | None) -> Lane | None:
+    """The queues of a device that has some."""
+    return CudaLane(place) if place is not None and place.type == "cuda" else None
 
 
 _THREADS = (
@@ -150,6 +168,21 @@ def _places(device: Any, devices: Any) -> list[torch.device | None]:
     if device is not None:
         raise ValueError(f"give either device or devices, got {device!r} and {devices!r}")
     return list(arguments.devices("devices", devices))
+
+
+def _targets(
+    output_device: Any, places: Sequence[torch.device | None]
+) -> list[torch.device | None]:
+    """Where the replies of each replica go; ``None`` for where the policy leaves them."""
+    found = arguments.device("output_device", output_device)
+    if found is None:
+        return [None if _on_cpu(places) else _CPU] * len(places)
+    # "cuda", without a number, is the device that the replica is on.
+    unnumbered = torch.device(output_device).index is None
+    return [
+        place if unnumbered and place is not None and place.type == found.type else found
+        for place in places
+    ]
 
 
 def _on_cpu(places: Sequence[torch.device | None]) -> bool:

@@ -14,6 +14,7 @@ without one.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -28,6 +29,7 @@ from aioinfer.collation import Collator, Columns
 from aioinfer.devices.faults import copy_of, device_died
 from aioinfer.errors import ServerDiedError
 from aioinfer.forward import ForwardPass
+from aioinfer.request import Request
 from aioinfer.sampling import sampling
 from aioinfer.signature import Signature
 from aioinfer.tensordicts import new_tensordict
@@ -35,17 +37,25 @@ from aioinfer.weights.slots import Slots
 
 IN_FLIGHT = 2
 """Batches that a device has at a time: one computes while the next is staged."""
+_HOST = "cpu"
 _AS_IS = contextlib.nullcontext()
 
 
 class Lane(Protocol):
     """The queues of one device: copies there, forwards, copies back.
 
-    Each works through what it is given in order; between them, order is made by events.
+    Each works through what it is given in order; between them, order is made by events. Callers of
+    the same process have a queue of their own, the device's default.
     """
 
     def enter(self) -> None:
         """Let the calling thread queue forwards, unless told otherwise, from now on."""
+
+    def follow(self) -> None:
+        """Let the present queue wait for what callers have queued so far."""
+
+    def lend(self, tensor: torch.Tensor) -> None:
+        """Callers queue work on it, after whose end alone its memory may be used again."""
 
     def pinned(self, nbytes: int) -> torch.Tensor:
         """Return host memory (uint8) that copies need not wait for."""
@@ -84,10 +94,20 @@ class CudaLane:
         return self._streams
 
     def enter(self) -> None:
-        """Make the stream of forwards the thread's own; it waits for the default stream, once."""
-        _, forwards, _ = self._queues()
-        forwards.wait_stream(torch.cuda.default_stream(self._device))
-        torch.cuda.set_stream(forwards)  # and the device with it
+        """Make the device and the stream of forwards the thread's own."""
+        torch.cuda.set_device(self._device)
+        torch.cuda.set_stream(self._queues()[1])
+        self.follow()
+
+    def follow(self) -> None:
+        """Let the current stream wait for the default stream."""
+        default = torch.cuda.default_stream(self._device)
+        torch.cuda.current_stream(self._device).wait_stream(default)
+
+    def lend(self, tensor: torch.Tensor) -> None:
+        """Let the allocator know of the default stream."""
+        if tensor.is_cuda:
+            tensor.record_stream(torch.cuda.default_stream(self._device))
 
     def pinned(self, nbytes: int) -> torch.Tensor:
         """Return page-locked memory."""
@@ -136,7 +156,7 @@ class _Staged(NamedTuple):
 
 
 class StagedForward(ForwardPass):
-    """A :class:`ForwardPass` that only queues, where the batch is plain.
+    """A :class:`ForwardPass` on a device with queues; where the batch is plain, it only queues.
 
     Everything else, and a batch whose forward raises, takes the way of a plain forward pass, which
     also finds out who is to blame.
@@ -147,7 +167,7 @@ class StagedForward(ForwardPass):
         clock: see there.
         sizes: see there.
         staging: gathers on the host, into memory that is :func:`pinned`, and leaves answers where
-            they are.
+            they are; ``None`` for not queueing any batch.
         lane: queues work on the device.
         device: where the policy is.
         brings_back: whether replies go to the host; else they stay on the device.
@@ -159,7 +179,7 @@ class StagedForward(ForwardPass):
         collator: Collator,
         clock: Clock,
         sizes: Sequence[int] | None,
-        staging: Collator,
+        staging: Collator | None,
         lane: Lane,
         device: torch.device,
         *,
@@ -174,28 +194,53 @@ class StagedForward(ForwardPass):
         self._unfit: set[Signature] = set()
         """Requests whose answers are not plain."""
         self._last_done_at = 0.0
+        self._thread: threading.Thread | None = None
+
+    def warm_up(self, request: Request) -> None:
+        """Do so in the queue of forwards."""
+        self._enter()
+        super().warm_up(request)
 
     def __call__(self, batch: Batch) -> Callable[[], None] | None:
         """Queue a batch; return what waits for its end and sets its outcomes, if it was queued."""
         signature: Signature = batch.requests[0].signature  # type: ignore[assignment]
-        if self._stages(signature) and batch.rows <= self._room.rows:
+        staging = self._staging
+        on_host = all([leaf is None or leaf[2].type == _HOST for leaf in signature.leaves])
+        fits = signature.plain and signature not in self._unfit and batch.rows <= self._room.rows
+        if staging is not None and on_host and fits:
             with contextlib.suppress(BaseException):  # it comes again, below, if it was no accident
-                staged = self._stage(batch, signature)
+                self._enter()
+                staged = self._stage(batch, signature, staging)
                 if staged is not None:
-                    return partial(self._finish, batch, staged)
+                    return partial(self._finish, batch, staged, staging)
                 if len(self._unfit) > 256:  # shapes that keep changing must not fill memory
                     self._unfit.clear()
                 self._unfit.add(signature)
-        super().__call__(batch)
-        if not self._brings_back and batch.fatal is None:
-            self._lane.block_on(self._lane.mark())
+        self._run_plainly(batch, on_host)
         return None
 
-    def _stages(self, signature: Signature) -> bool:
-        on_host = all([leaf is not None and leaf[2].type == "cpu" for leaf in signature.leaves])
-        return signature.plain and on_host and signature not in self._unfit
+    def _enter(self) -> None:
+        """Make the calling thread the device's, if it is not yet: each start brings a new one."""
+        thread = threading.current_thread()
+        if thread is not self._thread:
+            self._lane.enter()
+            self._thread = thread
 
-    def _stage(self, batch: Batch, signature: Signature) -> _Staged | None:
+    def _run_plainly(self, batch: Batch, on_host: bool) -> None:
+        asked = [request.data for request in batch.requests]  # the device may read it till the end
+        try:
+            self._enter()
+            if not on_host:
+                self._lane.follow()
+            super().__call__(batch)
+            if not self._brings_back and batch.fatal is None:
+                self._lane.block_on(self._lane.mark())
+        except BaseException as error:
+            self._give_up(batch, error)
+            batch.answered_at = self._clock()
+        del asked
+
+    def _stage(self, batch: Batch, signature: Signature, staging: Collator) -> _Staged | None:
         """Queue a batch; ``None`` where the answers are not plain."""
         lane, rows = self._lane, batch.rows
         size = fitting_size(self._sizes, rows)
@@ -206,7 +251,7 @@ class StagedForward(ForwardPass):
         alive: list[Any] = []
         try:
             with torch.no_grad(), mode:
-                host = self._staging.gather(batch.requests, rows, size)
+                host = staging.gather(batch.requests, rows, size)
                 alive.append(host)
                 with lane.copying_in():
                     inputs = {k: v.to(self._device, non_blocking=True) for k, v in host.items()}
@@ -215,7 +260,7 @@ class StagedForward(ForwardPass):
                 lane.wait_for(copied)
                 # A TensorDict of its own, for the policy may write into it.
                 answer = slot.call(new_tensordict(dict(inputs), torch.Size([size])))
-                columns = self._staging.columns(answer, size)
+                columns = staging.columns(answer, size)
                 if columns is None:
                     lane.block_on(lane.mark())
                     return None
@@ -242,7 +287,7 @@ class StagedForward(ForwardPass):
             return column.to("cpu")  # which waits
         return target.copy_(column, non_blocking=True)
 
-    def _finish(self, batch: Batch, staged: _Staged) -> None:
+    def _finish(self, batch: Batch, staged: _Staged, staging: Collator) -> None:
         """Wait for a batch, and set its outcomes and times. Never raises."""
         requests = batch.requests
         try:
@@ -250,18 +295,13 @@ class StagedForward(ForwardPass):
             columns = staged.columns
             if self._brings_back:
                 columns = {key: column.clone() for key, column in columns.items()}
-            answers = self._staging.answers(
-                columns, requests, staged.rows, staged.version, staged.stale
-            )
+            answers = staging.answers(columns, requests, staged.rows, staged.version, staged.stale)
             if not isinstance(answers, Columns):
                 answers = list(zip(requests, answers, strict=True))
             self._set_answers(batch, answers)
         except BaseException as error:
             # What the device reports this late it reports to everybody from now on.
-            died = device_died(error) or ServerDiedError(f"the device failed: {error}")
-            died.__cause__ = error
-            batch.fatal, batch.failed = died, True
-            batch.outcomes = [(request, copy_of(died)) for request in requests]
+            self._give_up(batch, error)
         now = self._clock()
         batch.began_at = max(staged.began_at, self._last_done_at)
         batch.forward_s = now - batch.began_at
@@ -269,7 +309,14 @@ class StagedForward(ForwardPass):
         for request in requests:
             request.data = None
 
+    @staticmethod
+    def _give_up(batch: Batch, error: BaseException) -> None:
+        died = device_died(error) or ServerDiedError(f"the device failed: {error}")
+        died.__cause__ = error
+        batch.columns, batch.fatal, batch.failed = None, died, True
+        batch.outcomes = [(request, copy_of(died)) for request in batch.requests]
+
 
 def pinned(lane: Lane) -> Buffers:
-    """Memory for the copies of so many batches as are in flight, and one that is gathered."""
-    return Buffers(lane.pinned, IN_FLIGHT + 1)
+    """Memory for copies, as much as batches in flight need: each gives it back when it is done."""
+    return Buffers(lane.pinned, per_size=None)

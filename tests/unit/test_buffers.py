@@ -47,6 +47,22 @@ def test_who_keeps_everything_gets_new_memory() -> None:
     assert [one is not None for one in kept] == [True, True, False]
 
 
+def test_as_many_as_are_in_use() -> None:
+    """Without a limit there are as many buffers as were looked at at a time, of any size."""
+    allocated: list[int] = []
+
+    def allocate(nbytes: int) -> torch.Tensor:
+        allocated.append(nbytes)
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    buffers = Buffers(allocate, per_size=None)
+    for _ in range(3):
+        kept = [buffers.take((5,), torch.uint8) for _ in range(4)]
+        assert len({one.data_ptr() for one in kept if one is not None}) == 4
+        del kept
+    assert allocated == [8] * 4
+
+
 def test_small_batches_are_left_to_the_allocator() -> None:
     """Memory is kept for large batches only."""
     assert Buffers().take((MIN_NBYTES - 1,), torch.uint8) is None
