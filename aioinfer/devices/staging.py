@@ -81,33 +81,35 @@ class CudaLane:
 
     Args:
         device: whose.
+        cuda: ``torch.cuda``; another one in tests.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, cuda: Any = torch.cuda) -> None:
         self._device = device
+        self._cuda = cuda
         self._streams: tuple[Any, Any, Any] | None = None
 
     def _queues(self) -> tuple[Any, Any, Any]:
         if self._streams is None:  # not before they are used, as they start CUDA
-            make: Any = partial(torch.cuda.Stream, self._device)
+            make = partial(self._cuda.Stream, self._device)
             self._streams = make(), make(), make()
         return self._streams
 
     def enter(self) -> None:
         """Make the device and the stream of forwards the thread's own."""
-        torch.cuda.set_device(self._device)
-        torch.cuda.set_stream(self._queues()[1])
+        self._cuda.set_device(self._device)
+        self._cuda.set_stream(self._queues()[1])
         self.follow()
 
     def follow(self) -> None:
         """Let the current stream wait for the default stream."""
-        default = torch.cuda.default_stream(self._device)
-        torch.cuda.current_stream(self._device).wait_stream(default)
+        default = self._cuda.default_stream(self._device)
+        self._cuda.current_stream(self._device).wait_stream(default)
 
     def lend(self, tensor: torch.Tensor) -> None:
         """Let the allocator know of the default stream."""
         if tensor.is_cuda:
-            tensor.record_stream(torch.cuda.default_stream(self._device))
+            tensor.record_stream(self._cuda.default_stream(self._device))
 
     def pinned(self, nbytes: int) -> torch.Tensor:
         """Return page-locked memory."""
@@ -116,24 +118,24 @@ class CudaLane:
     @contextlib.contextmanager
     def copying_in(self) -> Iterator[None]:
         """Use the first stream."""
-        with torch.cuda.stream(self._queues()[0]):
+        with self._cuda.stream(self._queues()[0]):
             yield
 
     @contextlib.contextmanager
     def copying_out(self) -> Iterator[None]:
         """Use the third stream."""
-        with torch.cuda.stream(self._queues()[2]):
+        with self._cuda.stream(self._queues()[2]):
             yield
 
     def mark(self) -> Any:
         """Record an event on the current stream."""
-        event = torch.cuda.Event(blocking=True)  # who waits for it sleeps
-        event.record(torch.cuda.current_stream(self._device))
+        event = self._cuda.Event(blocking=True)  # who waits for it sleeps
+        event.record(self._cuda.current_stream(self._device))
         return event
 
     def wait_for(self, event: Any) -> None:
         """Let the current stream wait."""
-        torch.cuda.current_stream(self._device).wait_event(event)
+        self._cuda.current_stream(self._device).wait_event(event)
 
     def block_on(self, event: Any) -> None:
         """Wait in the driver."""
