@@ -44,7 +44,7 @@ bench: $(DEV) ## run the benchmarks one after the other; options in ARGS
 
 gpu: $(DEV) ## run the tests that need a GPU, then the benchmark of it; options in ARGS
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS) tests
-	$(BIN)/python tests/benchmarks/accelerator.py $(ARGS)
+	$(BIN)/python tests/benchmarks/accelerator.py --report docs/benchmarks/accelerator.txt $(ARGS)
 
 # -E reads every page again: a warning of an unchanged page must fail the second build too.
 docs: $(DEV) ## build the site into docs/_build/html, warnings are errors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import nn
 
-from aioinfer import InferenceServer, MPTransport
+from aioinfer import InferenceServer, InProcessWeightSyncScheme, MPTransport
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,6 +25,18 @@ pytestmark = [
 
 WARM_S = 60.0
 """Seconds that the first answer may take, with everything that is made once."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _warmed_up() -> None:
+    """Have CUDA open, before a test is watched, what it keeps open until the process ends."""
+
+    async def serve() -> None:
+        async with InferenceServer(policy(), device="cuda", cuda_graphs=True) as server:
+            for _ in range(3):
+                await server.async_client()(row(0))
+
+    asyncio.run(serve())
 
 
 @pytest.fixture(autouse=True)
@@ -130,6 +143,100 @@ async def test_what_cannot_be_captured(caplog: pytest.LogCaptureFixture) -> None
     assert "cannot be captured" in warnings[0]
 
 
+async def test_noise_where_capturing_fails(caplog: pytest.LogCaptureFixture) -> None:
+    """A capture that fails leaves random numbers, memory and streams as they were."""
+
+    def reads(x: torch.Tensor) -> torch.Tensor:
+        noisy = x + torch.randn_like(x)
+        return noisy if noisy.sum().item() > 0 else noisy * 1
+
+    model = TensorDictModule(reads, in_keys=["observation"], out_keys=["action"])
+    async with InferenceServer(model, device="cuda", cuda_graphs=True) as server:
+        client = server.async_client()
+        replies = [await within(client(row(0)), WARM_S) for _ in range(5)]
+    assert len({tuple(reply["action"].tolist()) for reply in replies}) == 5
+    assert "cannot be captured" in caplog.text
+    assert "test_gpu.py" in caplog.text
+    assert torch.randn(3, device="cuda").isfinite().all()
+    async with InferenceServer(policy(), device="cuda", cuda_graphs=True) as server:
+        for value in range(3):
+            reply = await within(server.async_client()(row(value)), WARM_S)
+            torch.testing.assert_close(reply["action"], expected(row(value)), rtol=1e-4, atol=1e-5)
+
+
+async def test_noise_is_new_with_every_replay() -> None:
+    """A graph does not repeat the random numbers it was captured with."""
+    model = TensorDictModule(Noise(), in_keys=["observation"], out_keys=["action"])
+    async with InferenceServer(model, device="cuda", cuda_graphs=True) as server:
+        client = server.async_client()
+        replies = [await within(client(row(0)), WARM_S) for _ in range(10)]
+    assert len({tuple(reply["action"].tolist()) for reply in replies}) == 10
+
+
+async def test_a_caller_that_computes_meanwhile() -> None:
+    """What callers and trainers have queued on their stream is done before it is read."""
+    model = TensorDictModule(nn.Linear(3, 3), in_keys=["observation"], out_keys=["action"])
+    large = torch.ones(2048, 2048, device="cuda")
+
+    def late(value: float) -> torch.Tensor:
+        """A tensor that the device has not computed yet, when this returns."""
+        busy = large
+        for _ in range(20):
+            busy = busy @ large / 2048
+        return busy[0, :3] * 0 + value
+
+    async with InferenceServer(model, device="cuda", output_device="cuda") as server:
+        client = server.async_client()
+        await within(client(row(1)), WARM_S)
+        for value in range(1, 6):
+            weights = {"weight": torch.diag(late(value)), "bias": late(0)}
+            await within(
+                server.aupdate_model(lambda m, w=weights: m.module.load_state_dict(w)), WARM_S
+            )
+            weights["weight"].zero_()  # a trainer goes on
+            asked = TensorDict({"observation": late(2)})
+            reply = await within(client(asked), WARM_S)
+            assert reply["action"].tolist() == [2 * value] * 3
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+async def test_weights_that_are_sent(graphs: bool) -> None:
+    """Both slots have graphs of their own: every reply is of the version that it names."""
+    scheme = InProcessWeightSyncScheme()
+    trainer = TensorDictModule(nn.Linear(3, 3), in_keys=["observation"], out_keys=["action"])
+    trainer.to("cuda")
+
+    def set_to(value: float) -> TensorDictModule:
+        with torch.no_grad():
+            trainer.module.weight.fill_(0)
+            trainer.module.bias.fill_(value)
+        return trainer
+
+    scheme.init_on_sender(model=set_to(0))
+    model = copy.deepcopy(trainer)
+    options: dict[str, Any] = {"cuda_graphs": True, "example": row(0)} if graphs else {}
+    async with InferenceServer(model, device="cuda", weight_sync=scheme, **options) as server:
+        over = False
+        replies: list[TensorDictBase] = []
+
+        async def actor() -> None:
+            client = server.async_client()
+            while not over:
+                replies.append(await client(row(1)))
+
+        actors = [asyncio.create_task(actor()) for _ in range(8)]
+        first = server.policy_version
+        for value in range(1, 21):
+            await within(scheme.asend(model=set_to(value)), WARM_S)
+        over = True
+        await within(asyncio.gather(*actors))
+        last = await within(server.async_client()(row(1)))
+    scheme.close()
+    assert last["action"].tolist() == [20] * 3
+    for reply in replies:
+        assert set(reply["action"].tolist()) == {reply["policy_version"].item() - first}
+
+
 @pytest.mark.parametrize("graphs", [False, True])
 async def test_seeds(graphs: bool) -> None:
     """The same actions for the same seed and step, alone and in a crowd, to the last bit."""
@@ -158,11 +265,10 @@ class Noise(nn.Module):
         return x + torch.randn_like(x)
 
 
-async def test_replies_that_stay() -> None:
+@pytest.mark.parametrize("options", [{"cuda_graphs": True}, {"collate_fn": torch.stack}], ids=str)
+async def test_replies_that_stay(options: dict[str, Any]) -> None:
     """``output_device`` leaves them on the device, done and not to be overwritten."""
-    async with InferenceServer(
-        policy(), device="cuda", output_device="cuda", cuda_graphs=True
-    ) as server:
+    async with InferenceServer(policy(), device="cuda", output_device="cuda", **options) as server:
         client = server.async_client()
         asked = [row(value) for value in range(20)]
         replies = [await within(client(td), WARM_S) for td in asked]

@@ -13,9 +13,10 @@ in one run and in turns, and what counts is the median of the rounds. For an MLP
     with ``static_batch_size`` on CUDA, each with the best of some settings. TorchRL counts
     requests, not rows, so its processes ask for one row at a time.
 
-On CUDA aioinfer runs with ``cuda_graphs=True``. Then the time that one lone request takes, beside
-the bare forward of one row with its copies. The last answer of every client is compared with what
-the policy says about its observation; TF32 is off, for the others as well.
+On CUDA aioinfer runs with ``cuda_graphs=True``; with the Nature-CNN, other numbers of batches in
+flight than two are measured, too. Then the time that one lone request takes, beside the bare
+forward of one row with its copies. The last answer of every client is compared with what the
+policy says about its observation; TF32 is off, for the others as well.
 
     python tests/benchmarks/accelerator.py --help
 """
@@ -23,9 +24,12 @@ the policy says about its observation; TF32 is off, for the others as well.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import dataclasses
+import datetime
 import functools
+import io
 import json
 import multiprocessing
 import statistics
@@ -34,6 +38,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import in_process
 import torch
@@ -59,6 +64,7 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 
 from aioinfer import AsyncioTransport, InferenceServer, MPTransport, ProcessInferenceServer
+from aioinfer.devices import assembly
 
 TRIAL_S = 0.4
 """Seconds per setting in the search for TorchRL's best."""
@@ -230,6 +236,12 @@ def ours_processes(setup: Setup, apart: bool, workload: Workload, seconds: float
     return measure(contender, task, seconds).rate * setup.rows
 
 
+def ours_in_flight(setup: Setup, batches: int, workload: Workload, seconds: float) -> float:
+    """The same, with another number of batches that a device has at a time."""
+    with mock.patch.object(assembly, "IN_FLIGHT", batches):
+        return ours_processes(setup, False, workload, seconds)
+
+
 def served(policy: TensorDictModule) -> TensorDictModule:
     """Set up torch in a server's own process."""
     exact()
@@ -337,6 +349,7 @@ REPLAY = "bare forward, graph replay"
 ASYNCIO = "aioinfer, asyncio clients"
 HERE = "aioinfer, processes, server here"
 APART = "aioinfer, processes, server in a process"
+FLIGHTS = "the server here with {} in flight"
 LONE = "aioinfer, one request"
 BARE_LONE = "bare forward of one row, with copies"
 IN_PROCESS = "TorchRL, threads"
@@ -380,6 +393,9 @@ def rates(setup: Setup, workload: Workload, apart: bool) -> Group:
     contenders[HERE] = functools.partial(ours_processes, setup, False)
     if apart:
         contenders[APART] = functools.partial(ours_processes, setup, True)
+    if setup.cuda and "CNN" in workload.name:
+        for batches in (1, 3, 4):
+            contenders[FLIGHTS.format(batches)] = functools.partial(ours_in_flight, setup, batches)
     group = Group(workload, contenders, "rows/s")
     if torchrl is not None:
         kinds: dict[str, tuple[Callable[..., float], int]] = {
@@ -460,6 +476,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default=list(WORKLOADS) if there else ["mlp", "cnn"],
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the JSON line there too")
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE", help="on CUDA, write what is printed there too"
+    )
     args, others = parser.parse_known_args(argv)
     if others:  # `make bench ARGS=...` gives every benchmark the same options
         note(f"not an option of this benchmark: {' '.join(others)}")
@@ -474,6 +493,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Measure, report; return the exit status."""
     args = parse(argv)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        compare(args)
+    print(printed.getvalue())
+    if args.report is not None and args.device != "cpu":
+        args.report.write_text(printed.getvalue(), encoding="utf-8")
+    return 0
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Measure, and print what was found."""
     torch.set_num_threads(1)
     exact()
     torch.manual_seed(0)
@@ -484,6 +514,7 @@ def main(argv: list[str] | None = None) -> int:
     setup = Setup(torch.device(args.device), run, args.rows)
     machine = describe_machine()
     device = torch.cuda.get_device_name(setup.device) if setup.cuda else "CPU"
+    print(datetime.date.today().isoformat())
     print(", ".join(f"{name} {version}" for name, version in machine["versions"].items()))
     print(f"{device}; {args.clients} clients in process; {args.processes} processes x {args.rows}")
     workloads = {name: off_main_thread(WORKLOADS[name]) for name in args.policies}
@@ -505,14 +536,14 @@ def main(argv: list[str] | None = None) -> int:
     wanted = targets(setup, groups, lone)
     if wanted:
         print_targets(wanted)
-    options = {key: value for key, value in vars(args).items() if key != "json"}
+    paths = ("json", "report")
+    options = {key: value for key, value in vars(args).items() if key not in paths}
     figures = {group.workload.name: group.rounds for group in groups.values()}
     report = {"benchmark": "accelerator", "device": device, **machine, "options": options}
     line = json.dumps({**report, "rounds": figures, "lone": lone.rounds})
     print("\n" + line)
     if args.json is not None:
         args.json.write_text(line + "\n", encoding="utf-8")
-    return 0
 
 
 if __name__ == "__main__":
