@@ -64,7 +64,7 @@ class _Shortcut:
         model = self._model
         if model._forward_hooks or model._forward_pre_hooks or model._compiled_call_impl:
             return model(batch)
-        run = self._wrapped or model.module
+        run = model.module if self._wrapped is None else self._wrapped
         given = entries(batch) if type(batch) is TensorDict else batch
         found = run(*[given[key] for key in self._in_keys])
         outputs = found if type(found) is tuple else (found,)

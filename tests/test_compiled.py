@@ -44,6 +44,11 @@ def policy() -> TensorDictModule:
     return TensorDictModule(network, in_keys=["observation"], out_keys=["action"])
 
 
+def one_layer() -> TensorDictModule:
+    """A policy whose module has no length, of which a compiled one makes an error."""
+    return TensorDictModule(nn.Linear(3, 3), in_keys=["observation"], out_keys=["action"])
+
+
 class WholeTensorDict(nn.Module):
     """A policy that takes and returns TensorDicts."""
 
@@ -55,7 +60,7 @@ class WholeTensorDict(nn.Module):
         return TensorDict({"action": self.network(td["observation"])}, td.batch_size)
 
 
-@pytest.mark.parametrize("make", [policy, WholeTensorDict])
+@pytest.mark.parametrize("make", [policy, one_layer, WholeTensorDict])
 async def test_gives_what_the_policy_gives(make: Any) -> None:
     """Compiled, for batches of any size, and after new weights."""
     backend, model = Backend(), make()

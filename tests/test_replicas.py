@@ -305,11 +305,15 @@ class TestLife:
         with pytest.raises(error, match=message):
             InferenceServer(Scale(), **options)
 
-    @pytest.mark.skipif(torch.backends.mps.is_available(), reason="there is an MPS device")
-    def test_a_device_that_is_not_there(self) -> None:
+    @pytest.mark.parametrize("kind", ["cuda", "mps"])
+    @pytest.mark.parametrize("option", ["device", "output_device", "devices"])
+    def test_a_device_that_is_not_there(self, kind: str, option: str) -> None:
         """The message says what the machine lacks."""
-        with pytest.raises(ValueError, match="it has no mps devices"):
-            InferenceServer(Scale(), device="mps")
+        if torch.get_device_module(kind).is_available():
+            pytest.skip(f"there is a {kind} device")
+        value = [kind, kind] if option == "devices" else kind
+        with pytest.raises(ValueError, match=f"{option} must be .* it has no {kind} devices"):
+            InferenceServer(Scale(), **{option: value})
 
     async def test_one_device_is_no_pool(self) -> None:
         """``devices`` of one is ``device``."""

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tensordict import NonTensorData, TensorDict, TensorDictBase, lazy_stack, tensorclass
+from torch.overrides import TorchFunctionMode
 
 from aioinfer import collation
 from aioinfer.collation import Collator, Columns, tensordict_of
@@ -55,6 +56,37 @@ def requests_for(*tds: Any) -> tuple[list[Request], int]:
 def collate(*tds: Any, size: int | None = None, **options: Any) -> TensorDictBase:
     requests, count = requests_for(*tds)
     return collator(**options).collate(requests, count, count if size is None else size)
+
+
+class Counted(TorchFunctionMode):
+    """Counts the calls of torch's functions."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", str(func))
+        if name != "__get__":  # an attribute
+            self.calls.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("count", [2, 50])
+def test_one_operation_per_leaf(count: int) -> None:
+    """Gathering and scattering cost the same calls of torch, however many requests there are."""
+    requests, rows = requests_for(*(row(i, speed=torch.tensor(i)) for i in range(count)))
+    made = collator()
+    answer = TensorDict({"action": torch.zeros(count, 2), "value": torch.zeros(count)}, [count])
+    with Counted() as gathering:
+        made.collate(requests, rows, rows)
+    with Counted() as scattering:
+        answers = made.split(answer, requests, rows, rows, 0)
+        assert isinstance(answers, Columns)
+        answers.results()
+    assert gathering.calls.count("stack") == len(gathering.calls) == 2
+    heavy = [call for call in scattering.calls if call in ("clone", "unbind")]
+    assert sorted(heavy) == ["clone", "clone", "unbind", "unbind"]
+    assert len(scattering.calls) < 20
 
 
 def row(value: float, **more: Any) -> TensorDict:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import threading
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -421,6 +423,29 @@ class TestThreadExecutor:
         assert len(model.threads) == 1
         assert threading.get_ident() not in model.threads
         assert model.most_at_once == 1
+
+    def test_it_computes_on_as_many_cores_as_torch_was_told(self, finished: Finished) -> None:
+        """``torch.set_num_threads`` counts, though OpenMP keeps the number for each thread."""
+        found = list((Path(torch.__file__).parent / "lib").glob("libgomp*"))
+        if not found:
+            pytest.skip("torch was not built with this OpenMP")
+        cores: list[int] = []
+
+        def policy(td: TensorDictBase) -> TensorDictBase:
+            cores.append(ctypes.CDLL(str(found[0])).omp_get_max_threads())
+            return td
+
+        before = torch.get_num_threads()
+        try:
+            for number in (1, 3):
+                torch.set_num_threads(number)
+                executor = ThreadExecutor()
+                executor.start(forward_pass(policy), finished)
+                executor.submit(batch_of(1))
+                executor.stop().result(PATIENCE_S)
+        finally:
+            torch.set_num_threads(before)
+        assert cores == [1, 3]
 
     def test_a_batch_is_reported_after_it_has_its_outcomes(
         self, model: RecordingModel, finished: Finished

@@ -197,6 +197,28 @@ class TestGraphs:
                 assert not (call(one.copy())["action"] == 5).any()
         assert (recorder.recorded, recorder.replayed) == (4, 2)
 
+    def test_with_a_compiler(self) -> None:
+        """What is captured is the compiled policy, in each size."""
+        torch._dynamo.reset()
+        compiled: list[int] = []
+
+        def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+            compiled.append(len(inputs))
+            return graph.forward
+
+        policy = TensorDictModule(
+            torch.nn.Linear(3, 3), in_keys=["observation"], out_keys=["action"]
+        )
+        recorder = CpuRecorder()
+        call = preparation({"backend": backend, "dynamic": False}, recorder, (2, 4))(policy)
+        with torch.no_grad():
+            for size in (2, 4, 2):
+                asked = TensorDict({"observation": torch.randn(size, 3)}, [size])
+                found = call(asked)["action"]
+                torch.testing.assert_close(found, policy.module(asked["observation"]))
+        assert len(compiled) == 2
+        assert (recorder.recorded, recorder.replayed) == (2, 2)
+
     def test_seeds(self) -> None:
         """Streams of rows are inputs of a graph, so a replay draws what a forward would."""
         policy = TensorDictModule(
