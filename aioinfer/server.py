@@ -92,8 +92,9 @@ class InferenceServer:
             :doc:`/accelerators`). Where that fails it runs as it is, and one warning says why.
         example: a request of one row like those to come: the server runs the policy on it in all
             sizes, and so compiles and captures it, before it accepts requests.
-        output_device: where replies are moved to; ``None`` brings them to the CPU if there is a
-            ``device``, and leaves them where the policy put them if there is none.
+        output_device: where replies are moved to; ``"cuda"`` leaves each on the device that
+            computed it. ``None`` brings them to the CPU if there is a ``device``, and leaves them
+            where the policy put them if there is none.
         policy_version: the version the policy starts with.
         policy_version_key: where a reply says which version computed it (int64, of the
             request's batch size); ``None`` leaves it out.

@@ -28,11 +28,12 @@ WARM_S = 60.0
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _warmed_up() -> None:
+def _cuda_is_open() -> None:
     """Have CUDA open, before a test is watched, what it keeps open until the process ends."""
+    server = InferenceServer(policy(), device="cuda", cuda_graphs=True)
 
     async def serve() -> None:
-        async with InferenceServer(policy(), device="cuda", cuda_graphs=True) as server:
+        async with server:
             for _ in range(3):
                 await server.async_client()(row(0))
 
