@@ -203,12 +203,22 @@ class Graphs:
             replay, outputs = self._recorder.record(
                 lambda: self._call(new_tensordict(dict(leaves), torch.Size([size])))
             )
+            _check_on_device(outputs, list(leaves.values()))
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             _log.warning("there is no memory to capture %d rows, which run as they are", size)
             return None
         return _Graph(replay, list(leaves.values()), outputs)
+
+
+def _check_on_device(outputs: Any, inputs: Sequence[torch.Tensor]) -> None:
+    """Refuse what a replay would not write again."""
+    if not isinstance(outputs, TensorDictBase):
+        return
+    for key, leaf in outputs.items(include_nested=True, leaves_only=True):
+        if any([leaf.device.type != there.device.type for there in inputs]):
+            raise RuntimeError(f"it answers {key!r} from {leaf.device}, which no graph repeats")
 
 
 def _place_of(error: BaseException) -> str:

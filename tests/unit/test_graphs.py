@@ -166,6 +166,20 @@ class TestGraphs:
         with pytest.raises(RuntimeError, match="illegal memory access"):
             graphs(RecordingModel(), recorder=recorder)(batch(1))
 
+    def test_an_answer_from_elsewhere(self, caplog: pytest.LogCaptureFixture) -> None:
+        """What is not computed on the device would be the same for ever: it runs as it is."""
+
+        def policy(td: TensorDictBase) -> TensorDictBase:
+            return TensorDict({"action": torch.ones(td.batch_size, device="meta")}, td.batch_size)
+
+        recorder = CpuRecorder()
+        call = graphs(policy, recorder=recorder)
+        for value in (1, 2):
+            call(batch(value))
+        assert recorder.replayed == 0
+        (record,) = caplog.records
+        assert "it answers 'action' from meta" in record.getMessage()
+
     def test_a_size_without_memory(self, caplog: pytest.LogCaptureFixture) -> None:
         """It runs as it is, and is not tried again; the others are replayed."""
 
