@@ -73,6 +73,11 @@ class Serving(Actor):
     """A server in an actor."""
 
     @concurrent_endpoint
+    async def make(self, kind: Any) -> MonarchTransport:
+        """A transport that is made here."""
+        return MonarchTransport(kind)
+
+    @concurrent_endpoint
     async def serve(self, transport: MonarchTransport, hold: bool = False) -> int:
         """Serve, with a policy that never answers if ``hold``; return the process's id."""
         self.model = RecordingModel()

@@ -274,6 +274,47 @@ def test_a_server_that_ends(kind: Any, how: str):
     asyncio.run(main())
 
 
+def test_who_made_the_transport_is_stopped_with_its_process():
+    """Clients that look for a server are told that its process has gone."""
+
+    async def main() -> None:
+        procs = this_host().spawn_procs(per_host={"procs": 2})
+        serving = procs.slice(procs=1).spawn("serving", Serving)
+        client = (await done(serving.make.call_one("rpc"))).client()
+        with pytest.raises(ServerClosedError):
+            await within(client(row(1)))
+        await done(procs.stop())
+        with pytest.raises(ServerDiedError, match="must outlive its use"):
+            await within(client(row(1)))
+
+    asyncio.run(main())
+
+
+def test_who_made_the_transport_is_killed():
+    """In calls too, who waits for a server there is told, and a server elsewhere can be closed."""
+
+    async def main() -> None:
+        async with new_procs(before=1) as procs:
+            serving = procs.spawn("serving", Serving)
+            here, there = [await done(serving.make.call_one("rpc")) for _ in range(2)]
+            pid = await done(serving.serve.call_one(there, hold=True))
+            waiting = [there.client().submit(row(value)) for value in range(4)]
+            await done(serving.entered.call_one())
+            async with InferenceServer(doubling(), here):
+                client = here.client()
+                assert action(await within(client(row(1)))) == 2
+                os.kill(pid, signal.SIGKILL)
+                assert {type(error) for error in await outcomes(*waiting)} == {ServerDiedError}
+                assert action(await within(client(row(2)))) == 4  # who has found it needs no more
+            with pytest.raises(ServerDiedError, match="must outlive its use"):
+                await within(there.client()(row(1)))
+            with pytest.raises(ServerDiedError, match="must outlive its use"):
+                async with InferenceServer(doubling(), here):
+                    pass
+
+    asyncio.run(main())
+
+
 # -- a server on a mesh -------------------------------------------------------
 
 

@@ -30,6 +30,9 @@ SETTINGS = {
 """What Monarch reads from the environment when it is first imported, and with which the end of a
 process is noticed within a second, where it takes ten by default."""
 
+MEETING_TIMEOUT_S = 30.0
+"""Seconds in which the process in which a transport was made must say where its server is."""
+
 _late = "monarch" in sys.modules and not SETTINGS.keys() <= os.environ.keys()
 # The actors of this program inherit them, even if it has itself imported Monarch before.
 for _name, _value in SETTINGS.items():
@@ -76,11 +79,14 @@ class MonarchTransport(RemoteTransport):
         log_faults: bool = True,
     ) -> None:
         arguments.flag("log_faults", log_faults)
-        posts = require_monarch(type(self).__name__)
+        require_monarch(type(self).__name__)
         super().__init__(connection, host=host, port=port, tls=tls)
         self._key = secrets.token_bytes(16)
-        self._meeting = self._office().post
-        posts.vacate(self._key)
+        desks, office = _desks(), self._office()
+        self._meeting = self._place()
+        # It must be done before this process ends, or nobody will hear of that.
+        office.later(desks.desk, office, self._meeting)
+        desks.vacate(self._key)
         if log_faults:
             _log_faults()
 
@@ -97,31 +103,52 @@ class MonarchTransport(RemoteTransport):
     def _office(self) -> Any:
         return _posts().office(self._home)
 
+    def _place(self) -> Any:
+        return _posts().place(self._home)
+
     async def _desk(self, office: Any) -> Any:
-        return await office.desk(self._meeting, here=self._key in _posts().meetings)
+        return await _desks().desk(office, self._place())
+
+    async def _ask(
+        self, office: Any, endpoint: str, *args: Any, timeout: float | None = MEETING_TIMEOUT_S
+    ) -> Any:
+        """Call the desk of whoever made this.
+
+        Raises:
+            ServerDiedError: it has gone.
+        """
+        try:
+            async with asyncio.timeout(timeout):
+                meeting = await _desks().desk(office, self._meeting)
+                return await office.call(meeting, endpoint, *args)
+        except Exception as error:
+            raise ServerDiedError(
+                "the actor by which server and clients find each other has gone; who made "
+                f"this {type(self).__name__} must outlive its use"
+            ) from error
 
     def _host_of_this_process(self) -> str:
         context = importlib.import_module("monarch.actor").context
         return _host_in(str(self._home.copy().run(context).actor_instance.proc_id))
 
     async def _publish(self, address: tuple[str, int] | None, hub: RpcHub | None) -> None:
-        posts, office = _posts(), self._office()
+        desks, office = _desks(), self._office()
         await self._withdraw()  # of a loop that was closed under its server
         name = secrets.token_bytes(16)
-        server = posts.Announced(name, address, await self._desk(office), hub is not None)
-        posts.alive.add(name)
+        server = desks.Announced(name, address, await self._desk(office), hub is not None)
+        desks.alive.add(name)
         if hub is not None:
-            posts.hubs[name] = hub, office
+            desks.hubs[name] = hub
         try:
-            if self._key in posts.meetings:
-                may = await posts.announce(office, self._key, server)
+            if self._key in desks.meetings:
+                may = await desks.announce(office, self._key, server)
             else:
-                may = await office.call(self._meeting, "announce", self._key, server)
+                may = await self._ask(office, "announce", self._key, server)
         except BaseException:
-            posts.forget(name)
+            desks.forget(name)
             raise
         if not may:
-            posts.forget(name)
+            desks.forget(name)
             raise RuntimeError(
                 f"this {type(self).__name__} already serves a server, in another process; "
                 "a transport serves one server at a time"
@@ -131,14 +158,14 @@ class MonarchTransport(RemoteTransport):
     async def _withdraw(self) -> None:
         if self._announced is None:
             return
-        posts = _posts()
+        desks = _desks()
         (server, office), self._announced = self._announced, None
-        posts.forget(server.name)
+        desks.forget(server.name)
         # Nothing is waited for yet: if an actor is stopped, its loop may not come back to this.
-        if self._key in posts.meetings:
-            posts.withdraw(self._key, server.name)
+        if self._key in desks.meetings:
+            desks.withdraw(self._key, server.name)
         else:
-            withdrawal = office.call(self._meeting, "withdraw", self._key, server.name)
+            withdrawal = self._ask(office, "withdraw", self._key, server.name)
             self._withdrawal = asyncio.ensure_future(withdrawal)
 
     async def _close(self) -> None:
@@ -149,30 +176,23 @@ class MonarchTransport(RemoteTransport):
                 await withdrawal
 
     async def _find(self) -> Found:
-        posts, office = _posts(), self._office()
-        if self._key in posts.meetings:
-            server = posts.meetings[self._key]
+        desks, office = _desks(), self._office()
+        if self._key in desks.meetings:
+            server = desks.meetings[self._key]
         else:
-            try:
-                async with asyncio.timeout(posts.MEETING_TIMEOUT_S):
-                    server = await office.call(self._meeting, "find", self._key)
-            except Exception as error:
-                raise ServerDiedError(
-                    "the actor by which server and clients find each other has gone; who made "
-                    f"this {type(self).__name__} must outlive its use"
-                ) from error
+            server = await self._ask(office, "find", self._key)
         if server is None:
             raise no_server()
-        exchange = posts.Exchanger(office, server) if server.callable else None
+        exchange = desks.Exchanger(office, server) if server.callable else None
         return Found(server.name, server.address, exchange)
 
     async def _served(self) -> None:
         """Return once there is, or may be, a server.
 
         Raises:
-            Exception: who made this transport has gone.
+            ServerDiedError: who made this transport has gone.
         """
-        await self._office().call(self._meeting, "stay", self._key)
+        await self._ask(self._office(), "stay", self._key, timeout=None)
 
     async def _call(self, channel: PendingChannel, found: Found) -> RpcCarrier:
         desk = None
@@ -201,7 +221,7 @@ def _host_in(process: str) -> str:
     return found[2] or found[3]
 
 
-def require_monarch(who: str) -> Any:
+def require_monarch(who: str) -> None:
     """Import what needs Monarch.
 
     Raises:
@@ -211,7 +231,6 @@ def require_monarch(who: str) -> Any:
         importlib.import_module("monarch.actor")
     except ImportError as error:
         raise ImportError(f"{who} needs Monarch: pip install 'aioinfer[monarch]'") from error
-    return _posts()
 
 
 def _log_faults() -> None:
@@ -226,3 +245,7 @@ def _log_fault(failure: Any) -> None:
 
 def _posts() -> Any:
     return importlib.import_module("aioinfer.transports.monarch_post")
+
+
+def _desks() -> Any:
+    return importlib.import_module("aioinfer.transports.monarch_desk")

@@ -1,20 +1,20 @@
-"""Monarch actors by which servers and clients find each other and, where they must, call.
+"""How a Monarch actor, or the driver, calls actors of this library, and hears of their end.
 
 *   A *post*, of each actor that uses a transport and of the program that drives them: an actor of
-    its own, in their process. That of whoever made the transport knows where its server is.
+    its own, in their process, whose event loop runs what nobody waits for.
 *   A *caller*, of a post, for each actor that it calls. Monarch ends an actor that calls another
     one which has been stopped, whoever wrote the code that calls. So nothing is ever called on
     behalf of the user's actor: a caller has nothing to lose, and its post takes note of its end
     and goes on. An actor that sends need not be the one whose code runs: what Monarch takes for
     the sender is in a context variable, and so calls are made in a copy of the caller's context,
     on any thread.
-*   A *desk*, in each process that is called: that of a server, and those of clients that call. It
-    is spawned from afar, by the post of whoever made the transport. Monarch tells the end of an
-    actor by asking who spawned it, and one that was spawned in its own process would take the
-    answer along. And it tells it reliably to nobody else: who calls an actor on a part of a mesh
-    that does not begin where the mesh does is not told, as Monarch counts the places of the part
-    in two ways. So those who call a desk ask the post that spawned it, once, and that answers
-    when the desk has gone.
+
+Monarch tells the end of an actor by asking who spawned it, and one that was spawned in its own
+process takes the answer along. And it tells it reliably to nobody else: who calls an actor on a
+part of a mesh that does not begin where the mesh does is not told, as Monarch counts the places
+of the part in two ways. So whoever is called was spawned from another process, by an *owner*; and
+those who call ask the owner, once, and that answers when who is called has gone. A post owns the
+replicas of its actor; see :mod:`aioinfer.transports.monarch_desk` for who owns the others.
 
 This module needs Monarch; :mod:`aioinfer.transports.monarch` imports it when it is used.
 """
@@ -28,66 +28,51 @@ import contextvars
 import logging
 import secrets
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Generator
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, NamedTuple
 
 import anyio
 from monarch.actor import Actor, concurrent_endpoint, context, this_proc
 
-from aioinfer.errors import InferenceError, ServerClosedError, ServerDiedError
-from aioinfer.transports import wire
-from aioinfer.transports.rpc import DIED, LEAVE, Answer, RpcHub
-from aioinfer.transports.wire import Kind
+from aioinfer.errors import ServerDiedError
 
 _log = logging.getLogger("aioinfer")
 
 SPAWN_TIMEOUT_S = 30.0
 """Seconds in which an actor of this process must come up."""
-MEETING_TIMEOUT_S = 30.0
-"""Seconds in which whoever made a transport must say where its server is."""
-PROBE_S = 0.2
-"""Seconds after which a server that owes an answer is looked after."""
-PING_TIMEOUT_S = 2.0
-"""Seconds in which a server must show that it lives, before another one takes its place."""
 
 
 class Ref(NamedTuple):
-    """Somebody who is called: a post, a desk, or what else a post has spawned."""
+    """Somebody who is called."""
 
     name: str
     """Nothing else has it."""
     actor: Any
     owner: Any = None
-    """The post that spawned it, and hears of its end; that of a post is not told."""
+    """Who spawned it, and hears of its end; that of a post and of the registrar is not told."""
 
 
-class Announced(NamedTuple):
-    """A server that runs."""
+class Place(NamedTuple):
+    """A process, as others find it."""
 
-    name: bytes
+    name: str
     """Nothing else has it."""
-    address: tuple[str, int] | None
-    """Where it listens for connections."""
-    desk: Ref
-    """Of its process."""
-    callable: bool
-    """Whether it takes calls."""
+    process: Any
 
 
-meetings: dict[bytes, Announced | None] = {}
-"""The transports that were made in this process, by their key, and the server of each."""
-hubs: dict[bytes, tuple[RpcHub, Office]] = {}
-"""The servers of this process that take calls, by their name, and who watches their clients."""
-alive: set[bytes] = set()
-"""The servers of this process and the connections of its clients, by their names; and, by their
-key, the transports that were made in this process and have no server."""
+def place(of: contextvars.Context) -> Place:
+    """The process of the actor whose context this is; of the driver, in any other context."""
+    return of.copy().run(lambda: Place(_place_name(), this_proc()))
 
-_offices: dict[str, Office] = {}
-_stays: dict[bytes, list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]]] = {}
-_lock = threading.Lock()
+
+def _place_name() -> str:
+    return str(context().actor_instance.proc_id)
 
 
 # -- those who call -----------------------------------------------------------
+
+_offices: dict[str, Office] = {}
+_lock = threading.Lock()
 
 
 def office(of: contextvars.Context) -> Office:
@@ -96,27 +81,36 @@ def office(of: contextvars.Context) -> Office:
     with _lock:
         found = _offices.get(owner)
         if found is None:
-            found = _offices[owner] = Office()
+            found = _offices[owner] = Office(owner, of.copy().run(_place_name))
             post = of.copy().run(lambda: this_proc().spawn("aioinfer_post", Post, owner))
             found.post = Ref(owner, post)
     return found
 
 
 class Office:
-    """What one actor, or the driver, has of Monarch: its post, its callers, its desks."""
+    """What one actor, or the driver, has of Monarch: its post, its callers, those it spawned.
+
+    Args:
+        name: nothing else has it.
+        place: the name of the process.
+    """
 
     post: Ref
-    follow: Callable[[Ref], object]
-    """Called on any thread, sees to it that this hears of somebody's end."""
+    loop: asyncio.AbstractEventLoop
+    """Of the post, once that runs."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str, place: str) -> None:
+        self.name, self.place = name, place
         self.started: concurrent.futures.Future[contextvars.Context] = concurrent.futures.Future()
         """The context of the post, once it runs."""
         self.callers: dict[str, concurrent.futures.Future[contextvars.Context]] = {}
         """Contexts to call in, by who is called."""
-        self.desks: dict[str, Ref] = {}
-        """Those of this process, by the name of who spawned them."""
+        self.found: dict[str, Ref] = {}
+        """Those who were found to be called, by where they are."""
+        self.spawned: dict[str, asyncio.Future[None]] = {}
+        """Those that were spawned from here and live, by their name."""
         self._lives: dict[str, _Life] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def call(self, whom: Ref, endpoint: str, *args: Any) -> Any:
         """Call somebody, from any event loop of this process.
@@ -145,22 +139,75 @@ class Office:
         caller = self.callers[whom.name].result()
         caller.copy().run(getattr(whom.actor, endpoint).broadcast, *args)
 
-    async def desk(self, meeting: Ref, *, here: bool) -> Ref:
-        """The desk of this process for the transports that were made there.
+    async def caller(self, name: str) -> contextvars.Context:
+        """The context of the caller of this name, by convention that of whom it calls."""
+        with _lock:
+            caller = self.callers.get(name)
+            new = caller is None
+            if caller is None:
+                caller = self.callers[name] = concurrent.futures.Future()
+        if new:
+            (await within(self.started)).copy().run(
+                lambda: this_proc().spawn("aioinfer_caller", Caller, self.name, name)
+            )
+        return caller.result() if caller.done() else await within(caller)
 
-        Args:
-            meeting: the post of whoever made them.
-            here: whether it is one of this process.
-        """
-        if here:
-            return meeting
-        desk = self.desks.get(meeting.name)
-        if desk is None:
-            process = (await _within(self.started)).copy().run(this_proc)
-            desk = self.desks[meeting.name] = await self.call(meeting, "spawn", process)
-        return desk
+    def later(self, work: Callable[..., Coroutine[Any, Any, Any]], *args: Any) -> None:
+        """Do something on the post's loop, from any thread; nobody cares what comes of it."""
 
-    def ended(self, name: str) -> None:
+        def begin() -> None:
+            task = asyncio.create_task(quietly())
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+        async def quietly() -> None:
+            try:
+                await work(*args)
+            except Exception:
+                _log.debug("what a post had to do failed", exc_info=True)
+
+        def post_runs(_: object) -> None:
+            with contextlib.suppress(RuntimeError):  # closed since
+                self.loop.call_soon_threadsafe(begin)
+
+        self.started.add_done_callback(post_runs)
+
+    async def spawn(self, process: Any, kind: type[Actor]) -> Ref:
+        """Start an actor there, of whose end this hears; on the post's loop."""
+        name = secrets.token_hex(16)
+        self.spawned[name] = asyncio.get_running_loop().create_future()
+        actor = process.spawn(f"aioinfer_{kind.__name__.lower()}_{name}", kind)
+        try:
+            # An answer with an actor that has not come up would hold up all that is sent after it.
+            await actor.initialized
+        except BaseException:
+            self.spawned.pop(name, None)
+            raise
+        return Ref(name, actor)
+
+    def failed(self, mesh_name: str) -> None:
+        """Somebody who was spawned from here may have gone; on the post's loop."""
+        for name in [name for name in self.spawned if name in mesh_name]:
+            self.spawned.pop(name).set_result(None)
+            self._ended(name)
+
+    def _life(self, whom: Ref) -> _Life:
+        with _lock:
+            new = whom.name not in self._lives
+            life = self._lives.setdefault(whom.name, _Life())
+        if new:
+            self.later(self._follow, whom)
+        return life
+
+    async def _follow(self, whom: Ref) -> None:
+        """Hear of somebody's end."""
+        if whom.owner.name != self.name:
+            await self.call(whom.owner, "outlive", whom.name, self.place)
+            self._ended(whom.name)
+        elif whom.name not in self.spawned:
+            self._ended(whom.name)
+
+    def _ended(self, name: str) -> None:
         """Somebody who may have been called has gone: fail these calls, and those to come."""
         with _lock:
             life = self._lives.setdefault(name, _Life())
@@ -170,27 +217,6 @@ class Office:
         for loop, call in calls:
             with contextlib.suppress(RuntimeError):  # closed since
                 loop.call_soon_threadsafe(call.cancel)
-
-    def _life(self, whom: Ref) -> _Life:
-        with _lock:
-            new = whom.name not in self._lives
-            life = self._lives.setdefault(whom.name, _Life())
-        if new:
-            self.follow(whom)
-        return life
-
-    async def caller(self, name: str) -> contextvars.Context:
-        """The context of the caller of this name, by convention that of whom it calls."""
-        with _lock:
-            caller = self.callers.get(name)
-            new = caller is None
-            if caller is None:
-                caller = self.callers[name] = concurrent.futures.Future()
-        if new:
-            (await _within(self.started)).copy().run(
-                lambda: this_proc().spawn("aioinfer_caller", Caller, self.post.name, name)
-            )
-        return caller.result() if caller.done() else await _within(caller)
 
 
 class _Life:
@@ -202,7 +228,12 @@ class _Life:
         self.calls: set[tuple[asyncio.AbstractEventLoop, anyio.CancelScope]] = set()
 
 
-async def _within(started: concurrent.futures.Future[contextvars.Context]) -> contextvars.Context:
+async def within(started: concurrent.futures.Future[contextvars.Context]) -> contextvars.Context:
+    """Wait for an actor of this process to come up.
+
+    Raises:
+        ServerDiedError: it does not.
+    """
     try:
         async with asyncio.timeout(SPAWN_TIMEOUT_S):
             return await asyncio.shield(asyncio.wrap_future(started))
@@ -212,74 +243,10 @@ async def _within(started: concurrent.futures.Future[contextvars.Context]) -> co
         ) from None
 
 
-class Caller(Actor):  # type: ignore[misc]  # Monarch is not typed
-    """Sends on behalf of others, to one post or desk."""
-
-    def __init__(self, owner: str, whom: str) -> None:
-        _offices[owner].callers[whom].set_result(contextvars.copy_context())
-
-    def _handle_undeliverable_message(self, message: Any) -> bool:
-        return True  # whoever made the call is told by its outcome
-
-    @concurrent_endpoint  # type: ignore[untyped-decorator]
-    async def idle(self) -> None:
-        """What makes this an actor of the async kind."""
+# -- their actors -------------------------------------------------------------
 
 
-class Exchanger:
-    """Calls a server, until that has ended.
-
-    Args:
-        of: who calls.
-        server: who is called.
-    """
-
-    def __init__(self, of: Office, server: Announced) -> None:
-        self._office = of
-        self._server = server
-        self._over = False
-
-    def __call__(self, connection: bytes, number: int, data: bytes) -> Awaitable[Answer]:
-        if number != LEAVE:
-            return self._call(connection, number, data)
-        forget(connection)
-        if not self._over:  # to call in vain can do harm
-            self._office.tell(
-                self._server.desk, "exchange", self._server.name, connection, number, data
-            )
-        return _NoAnswer()
-
-    async def _call(self, *args: Any) -> Answer:
-        desk, name = self._server.desk, self._server.name
-        try:
-            answer: Answer = await self._office.call(desk, "exchange", name, *args)
-        except Exception:
-            self._over = True
-            raise
-        self._over = self._over or answer[0] in (LEAVE, DIED)
-        return answer
-
-    def watched(self, connection: bytes, desk: Ref) -> None:
-        """Let the server know when this process, whose desk is given, has ended."""
-        alive.add(connection)
-        self._office.tell(self._server.desk, "watch", self._server.name, connection, desk)
-
-
-class _NoAnswer:
-    """What need not be awaited, but can be."""
-
-    def __await__(self) -> Generator[Any, None, Answer]:
-        return _nothing().__await__()
-
-
-async def _nothing() -> Answer:
-    return LEAVE, b""
-
-
-# -- those who are called -----------------------------------------------------
-
-
-def _answering(method: Callable[..., Awaitable[Any]]) -> Any:
+def answering(method: Callable[..., Awaitable[Any]]) -> Any:
     """An endpoint whose answers are dropped if who asked has left.
 
     Otherwise they would come back, and Monarch would end the actor that answered.
@@ -299,203 +266,41 @@ def _answering(method: Callable[..., Awaitable[Any]]) -> Any:
     return concurrent_endpoint(endpoint, explicit_response_port=True)
 
 
-class Desk(Actor):  # type: ignore[misc]
-    """Takes the calls of other processes."""
+class Caller(Actor):  # type: ignore[misc]  # Monarch is not typed
+    """Sends on behalf of others, to one that is called."""
 
-    def __init__(self) -> None:
-        self._calls: dict[bytes, set[asyncio.Future[Answer]]] = {}
-        self._probing = False
+    def __init__(self, office: str, whom: str) -> None:
+        _offices[office].callers[whom].set_result(contextvars.copy_context())
+
+    def _handle_undeliverable_message(self, message: Any) -> bool:
+        return True  # whoever made the call is told by its outcome
+
+    @concurrent_endpoint  # type: ignore[untyped-decorator]
+    async def idle(self) -> None:
+        """What makes this an actor of the async kind."""
+
+
+class Post(Actor):  # type: ignore[misc]
+    """Owns the callers of an office, and who is spawned from there."""
+
+    def __init__(self, name: str) -> None:
+        with _lock:
+            self._office = _offices.setdefault(name, Office(name, _place_name()))
+        self._office.loop = asyncio.get_running_loop()
+        self._office.started.set_result(contextvars.copy_context())
 
     def _handle_undeliverable_message(self, message: Any) -> bool:
         return True  # who asked has left
 
-    @_answering
-    async def ping(self, name: bytes) -> bool:
-        """Whether this server, or this connection of a client, is one of this process."""
-        return name in alive
-
-    @_answering
-    async def exchange(self, name: bytes, connection: bytes, number: int, data: bytes) -> Answer:
-        """A call of a client to a server."""
-        hub, _ = hubs.get(name, (None, None))
-        if hub is None:
-            return last_words(ServerClosedError("the server is closed"))
-        calls = self._calls.setdefault(name, set())
-        call = asyncio.ensure_future(hub.exchange(connection, number, data))
-        calls.add(call)
-        if not self._probing:
-            self._probing = True
-            call.get_loop().call_later(PROBE_S, self._probe)
-        try:
-            return await call
-        except asyncio.CancelledError:  # the server's event loop ended, or this actor
-            return DIED, b""
-        finally:
-            calls.discard(call)
-
-    def _probe(self) -> None:
-        """See whether the loop of a server that owes answers was closed under it."""
-        self._probing = False
-        for name, calls in list(self._calls.items()):
-            hub, _ = hubs.get(name, (None, None))
-            if not calls:
-                del self._calls[name]
-            elif hub is not None and hub._intake.loop.is_closed():
-                for call in list(calls):
-                    call.cancel()
-            elif hub is not None and hub.busy:
-                self._probing = True
-        if self._probing:
-            asyncio.get_running_loop().call_later(PROBE_S, self._probe)
-
-    @_answering
-    async def watch(self, name: bytes, connection: bytes, client: Ref) -> None:
-        """End a connection once the process of its client has ended."""
-        hub, watching = hubs.get(name, (None, None))
-        if hub is None or watching is None:
-            return
-        with contextlib.suppress(Exception):
-            await watching.call(client, "stay", connection)
-        with contextlib.suppress(Exception):
-            await hub.exchange(connection, LEAVE, b"")
-
-    @_answering
-    async def stay(self, name: bytes) -> None:
-        """Return once what is in :data:`alive` is over; fail with the end of this process."""
-        loop = asyncio.get_running_loop()
-        stay = loop.create_future()
-        with _lock:
-            if name not in alive:
-                return
-            _stays.setdefault(name, []).append((loop, stay))
-        await stay
-
-
-class Post(Desk):
-    """Owns callers and desks, and knows the servers of the transports that were made here."""
-
-    def __init__(self, owner: str) -> None:
-        super().__init__()
-        self._office = _offices[owner]
-        self._owner = owner
-        self._watches: set[asyncio.Task[None]] = set()
-        self._spawned: dict[str, asyncio.Future[None]] = {}
-        """Those that were spawned here and live, by their name."""
-        loop = asyncio.get_running_loop()
-        self._office.follow = lambda whom: loop.call_soon_threadsafe(self._follow, whom)
-        self._office.started.set_result(contextvars.copy_context())
-
     def __supervise__(self, failure: Any) -> bool:
-        """Somebody who was spawned here has ended."""
-        for name in [name for name in self._spawned if name in failure.mesh_name]:
-            self._spawned.pop(name).set_result(None)
-            self._office.ended(name)
+        self._office.failed(failure.mesh_name)
         return True
 
     async def __cleanup__(self, error: Exception | None) -> None:
         with _lock:
-            _offices.pop(self._owner, None)
+            _offices.pop(self._office.name, None)
 
-    @_answering
-    async def spawn(self, process: Any, kind: type[Actor] = Desk) -> Ref:
-        """A new desk in that process, or another actor that is called."""
-        name = secrets.token_hex(16)
-        self._spawned[name] = asyncio.get_running_loop().create_future()
-        actor = process.spawn(f"aioinfer_{kind.__name__.lower()}_{name}", kind)
-        return Ref(name, actor, self._office.post)
-
-    @_answering
-    async def outlive(self, whom: str, asker: str | None) -> None:
-        """Return once who was spawned here has gone, or the desk of who asks."""
-        known = [self._spawned[name] for name in (whom, asker) if name in self._spawned]
-        if whom in self._spawned:
-            await asyncio.wait(known, return_when=asyncio.FIRST_COMPLETED)
-
-    def _follow(self, whom: Ref) -> None:
-        if whom.owner.name != self._owner:
-            self._watch(self._outlive(whom))
-        elif whom.name not in self._spawned:
-            self._office.ended(whom.name)
-
-    async def _outlive(self, whom: Ref) -> None:
-        own = self._office.desks.get(whom.owner.name)
-        with contextlib.suppress(Exception):  # if it has gone itself, nobody else can tell
-            await self._office.call(
-                whom.owner, "outlive", whom.name, None if own is None else own.name
-            )
-            self._office.ended(whom.name)
-
-    def _watch(self, watch: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(watch)
-        self._watches.add(task)
-        task.add_done_callback(self._watches.discard)
-
-    @_answering
-    async def announce(self, key: bytes, server: Announced) -> bool:
-        """A server of another process runs; return whether it may."""
-        may = await announce(self._office, key, server)
-        if may:
-            self._watch(self._watch_server(key, server))
-        return may
-
-    @_answering
-    async def withdraw(self, key: bytes, name: bytes) -> None:
-        """A server is closed."""
-        withdraw(key, name)
-
-    @_answering
-    async def find(self, key: bytes) -> Announced | None:
-        """The server of a transport."""
-        return meetings.get(key)
-
-    async def _watch_server(self, key: bytes, server: Announced) -> None:
-        with contextlib.suppress(Exception):
-            await self._office.call(server.desk, "stay", server.name)
-        withdraw(key, server.name)
-
-
-def last_words(error: InferenceError) -> Answer:
-    """The answer to a call that no server takes."""
-    return LEAVE, wire.encode_error(0, error, Kind.CLOSING)
-
-
-async def announce(at: Office, key: bytes, server: Announced) -> bool:
-    """A server runs; in the process that made the transport. Return whether it may."""
-    other = meetings.get(key)
-    if other is not None:
-        with contextlib.suppress(Exception):
-            async with asyncio.timeout(PING_TIMEOUT_S):
-                if await at.call(other.desk, "ping", other.name):
-                    return False
-    meetings[key] = server
-    forget(key)  # who waits for a server may ask for it
-    return True
-
-
-def vacate(key: bytes) -> None:
-    """A transport has no server; in the process that made it."""
-    alive.add(key)
-    meetings[key] = None
-
-
-def withdraw(key: bytes, name: bytes) -> None:
-    """A server is closed or gone; in the process that made the transport."""
-    announced = meetings.get(key)
-    if announced is not None and announced.name == name:
-        vacate(key)
-
-
-def forget(name: bytes) -> None:
-    """A server of this process, or a connection of one of its clients, is over."""
-    hubs.pop(name, None)
-    with _lock:
-        alive.discard(name)
-        stays = _stays.pop(name, [])
-    for loop, stay in stays:
-        with contextlib.suppress(RuntimeError):  # closed since
-            loop.call_soon_threadsafe(_over, stay)
-
-
-def _over(stay: asyncio.Future[None]) -> None:
-    if not stay.done():
-        stay.set_result(None)
+    @answering
+    async def spawn(self, process: Any, kind: type[Actor]) -> Ref:
+        """Start an actor there that is called by this office only."""
+        return (await self._office.spawn(process, kind))._replace(owner=self._office.post)
