@@ -121,6 +121,8 @@ class Exchanger:
 
     def watched(self, connection: bytes, desk: Ref) -> None:
         """Let the server know when this process, whose desk is given, has ended."""
+        if desk.name == self._server.desk.name:  # it ends with the server
+            return
         alive.add(connection)
         self._office.tell(self._server.desk, "watch", self._server.name, connection, desk)
 
