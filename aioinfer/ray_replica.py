@@ -10,8 +10,8 @@ from typing import Any
 from aioinfer.hosted import near_executor
 from aioinfer.replica import Replica
 from aioinfer.transports.ray import MAX_CONCURRENCY
+from aioinfer.transports.ray_line import pack_answer, unpack_call
 from aioinfer.transports.ray_replicas import ReplicaTransport
-from aioinfer.transports.rpc import Answer as CallAnswer
 
 _NOT_FOR_REPLICAS = {
     *("concurrency_groups", "get_if_exists", "lifetime", "max_concurrency", "max_task_retries"),
@@ -36,9 +36,9 @@ class RayReplica(Replica):
         gc.collect()
         gc.freeze()  # modules and policy stay; looking through them would hold up a batch
 
-    async def exchange(self, connection: bytes, number: int, data: bytes) -> CallAnswer:
+    async def exchange(self, call: bytes) -> bytes:
         """Take a call of a client that makes no connection."""
-        return await self._transport.take_call(connection, number, data)
+        return pack_answer(*await self._transport.take_call(*unpack_call(call)))
 
     async def stay(self) -> None:
         """Never return: who awaits the outcome learns when the actor has ended."""

@@ -21,6 +21,7 @@ from rays import start_ray
 
 from aioinfer import InferenceServer, RayTransport
 from aioinfer.testing import RecordingModel
+from aioinfer.transports import ray_pump
 
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.timeout(100)]
 
@@ -85,7 +86,9 @@ class SyncActor:
 class Serving:
     """Runs a server."""
 
-    def serve(self, transport: RayTransport) -> int:
+    def serve(self, transport: RayTransport, kind: str) -> int:
+        if kind == FAR:
+            ray_pump._Entrance.open = no_entrance  # type: ignore[method-assign]
         self.server = InferenceServer(doubling(), transport).start()
         return os.getpid()
 
@@ -108,7 +111,7 @@ class Cast:
 
     def of(self, kind: Any) -> RayTransport:
         """A new transport, which all of them use from now on."""
-        transport = RayTransport(kind)
+        transport = RayTransport(kind.removeprefix("far "))
         ray.get([each.use.remote(transport) for each in [*self.asyncs, self.sync]])
         return transport
 
@@ -124,6 +127,20 @@ def cast() -> Cast:
 
 
 both_kinds = pytest.mark.parametrize("kind", ["direct", "rpc"])
+FAR = "far rpc"
+"""Calls to a server on another host than its relay, so that it has no line and asks for them."""
+kinds = pytest.mark.parametrize("kind", ["direct", "rpc", FAR])
+
+
+async def no_entrance(_: Any) -> None:
+    """In place of what lets the relay in that is on the same host."""
+
+
+@pytest.fixture(autouse=True)
+def _far(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    callspec = getattr(request.node, "callspec", None)
+    if callspec is not None and callspec.params.get("kind") == FAR:
+        monkeypatch.setattr(ray_pump._Entrance, "open", no_entrance)
 
 
 def connections(transport: RayTransport) -> list[Any]:
@@ -144,13 +161,14 @@ def errors_within(outcomes: list[Any], since: float) -> set[str]:
     return {name for name, _ in outcomes}
 
 
-@both_kinds
+@kinds
 def test_a_server_in_the_driver(cast: Cast, kind: str):
     """Async and sync actors, tasks and the driver are served, before, during and after a server."""
     transport = cast.of(kind)
     assert {name for name, _ in ray.get(cast.ask_all(3))} == {"ServerClosedError"}
     for _ in range(2):
         with InferenceServer(doubling(), transport):
+            assert kind == "direct" or (transport._pump._line is None) == (kind == FAR)
             assert ray.get(cast.ask_all(3)) == WELL
             assert ray.get([a.ask_often.remote(16, 10) for a in cast.asyncs]) == [160, 160]
             task = ray.remote(num_cpus=0)(ask_once)
@@ -168,7 +186,7 @@ async def test_a_server_on_the_drivers_loop(cast: Cast, kind: str):
         assert action(await server.client()(row(5))) == 10
 
 
-@both_kinds
+@kinds
 def test_a_server_in_an_actor(cast: Cast, kind: str):
     """A server in an actor serves the same clients; killed, it is missed at once by everybody.
 
@@ -176,7 +194,7 @@ def test_a_server_in_an_actor(cast: Cast, kind: str):
     """
     transport = cast.of(kind)
     serving = ray.remote(num_cpus=0, max_restarts=0)(Serving).remote()
-    pid = ray.get(serving.serve.remote(transport))
+    pid = ray.get(serving.serve.remote(transport, kind))
     assert ray.get(cast.ask_all(3)) == WELL
     with pytest.raises(RuntimeError, match="in another process"):
         InferenceServer(doubling(), transport).start()
@@ -191,7 +209,7 @@ def test_a_server_in_an_actor(cast: Cast, kind: str):
         assert ray.get(cast.ask_all(3)) == WELL
 
 
-@both_kinds
+@kinds
 def test_the_server_is_closed_over_its_clients(cast: Cast, kind: str):
     """Who waits when the server is closed is told at once, as is who asks later."""
     transport = cast.of(kind)

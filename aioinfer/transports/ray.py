@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib
-import logging
-import os
-import secrets
+from collections.abc import Generator
 from typing import Any
 
 from aioinfer.errors import ServerDiedError
-from aioinfer.transports import ray_relay as relays
+from aioinfer.transports import ray_line, ray_relay
 from aioinfer.transports.channel import no_server
 from aioinfer.transports.direct import PendingChannel
 from aioinfer.transports.endpoint import TlsFactory
+from aioinfer.transports.ray_pump import Pump
 from aioinfer.transports.remote import ConnectionKind, Found, RemoteTransport
-from aioinfer.transports.rpc import RpcCarrier, RpcHub
-
-_log = logging.getLogger("aioinfer")
+from aioinfer.transports.rpc import Answer, RpcCarrier, RpcHub
 
 MAX_CONCURRENCY = 100_000
 """Calls that the relay may hold; each waiting client process holds one."""
@@ -66,7 +62,7 @@ class RayTransport(RemoteTransport):
 
     def _start(self) -> None:
         super()._start()
-        self._pump: _Pump | None = None
+        self._pump: Pump | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_relay": self._relay}
@@ -78,7 +74,7 @@ class RayTransport(RemoteTransport):
     async def _publish(self, address: tuple[str, int] | None, hub: RpcHub | None) -> None:
         if self._pump is not None:  # of a loop that was closed under its server
             await self._pump.withdraw()
-        self._pump = _Pump(self._relay, hub)
+        self._pump = Pump(self._relay, hub)
         callee = None if hub is None else self._own_actor() or True
         if not await self._pump.announce((address, callee)):
             self._pump = None
@@ -134,7 +130,26 @@ def found_at(server: Any, where: Any, relay: Any) -> Found:
     address, callee = where
     if callee is True:
         callee = relay
-    return Found(server, address, None if callee is None else callee.exchange.remote)
+    return Found(server, address, None if callee is None else _Exchange(callee))
+
+
+class _Exchange:
+    """Calls an actor, with bytes, at once; whoever wants to know awaits the answer."""
+
+    def __init__(self, callee: Any) -> None:
+        self._callee = callee
+
+    def __call__(self, connection: bytes, number: int, data: bytes) -> _Called:
+        return _Called(self._callee.exchange.remote(ray_line.pack_call(connection, number, data)))
+
+
+class _Called:
+    def __init__(self, answer: Any) -> None:
+        self._answer = answer
+
+    def __await__(self) -> Generator[Any, None, Answer]:
+        answer: bytes = yield from self._answer.__await__()
+        return ray_line.unpack_answer(answer)
 
 
 def require_ray(who: str) -> Any:
@@ -150,7 +165,7 @@ def require_ray(who: str) -> Any:
 
 
 def _new_relay(ray: Any) -> Any:
-    return light_actor(ray, relays.Relay)
+    return light_actor(ray, ray_relay.Relay)
 
 
 def light_actor(ray: Any, kind: type) -> Any:
@@ -160,7 +175,9 @@ def light_actor(ray: Any, kind: type) -> Any:
     here = ray.get_runtime_context().get_node_id()
     near = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(here, soft=True)
     # By value: an actor that had to import this package would import torch as well.
-    ray.cloudpickle.register_pickle_by_value(relays)
+    modules = ray_relay, ray_line
+    for module in modules:
+        ray.cloudpickle.register_pickle_by_value(module)
     try:
         return (
             ray.remote(kind)
@@ -168,80 +185,5 @@ def light_actor(ray: Any, kind: type) -> Any:
             .remote()
         )
     finally:
-        ray.cloudpickle.unregister_pickle_by_value(relays)
-
-
-class _Pump:
-    """Asks the relay for calls on behalf of a hub, and brings it the answers."""
-
-    def __init__(self, relay: Any, hub: RpcHub | None) -> None:
-        self._relay = relay
-        self._hub = hub
-        self._loop = asyncio.get_running_loop()
-        self._name = secrets.token_bytes(16)
-        self._stay: Any = None
-        self._replies: list[tuple[int, int, bytes]] = []
-        self._scheduled = False
-        self._asks = 0
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._answering: set[asyncio.Task[None]] = set()
-
-    async def announce(self, where: Any) -> bool:
-        """Let clients find the server; return whether it may serve."""
-        ray = importlib.import_module("ray")
-        context = ray.get_runtime_context()
-        actor = None if context.get_actor_id() is None else context.current_actor
-        self._stay = self._relay.stay.remote(self._name)
-        may = await self._relay.announce.remote(
-            self._name, where, (context.get_worker_id(), os.getpid()), actor, [self._stay]
-        )
-        if may and self._hub is not None:
-            self._ask()
-        return bool(may)
-
-    async def withdraw(self) -> None:
-        """Let nobody find it any more. The hub is closed, and so answers all calls."""
-        ray = importlib.import_module("ray")
-        if self._loop is asyncio.get_running_loop() and self._answering:
-            await asyncio.wait(self._answering)
-        replies, self._replies = self._replies, []
-        try:
-            await self._relay.withdraw.remote(self._name, replies)
-        except ray.exceptions.RayError:  # the relay has gone, and everybody knows
-            pass
-        if not self._loop.is_closed():
-            for task in self._tasks:
-                task.cancel()
-
-    def _ask(self) -> None:
-        assert self._hub is not None
-        self._scheduled = False
-        replies, self._replies = self._replies, []
-        calls = self._relay.serve.remote(self._name, replies, self._hub.busy)
-        self._asks += 1
-        task = self._loop.create_task(self._take(calls), name="aioinfer asks")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _take(self, asked: Any) -> None:
-        assert self._hub is not None
-        try:
-            calls = await asked
-        except Exception as error:
-            _log.error("no more calls reach the server: %s", error)
-            return
-        self._asks -= 1
-        for number, connection, place, data in calls:
-            answer = self._answer(number, self._hub.exchange(connection, place, data))
-            task = self._loop.create_task(answer, name="aioinfer answers")
-            self._answering.add(task)
-            task.add_done_callback(self._answering.discard)
-        if not self._asks:
-            self._ask()
-
-    async def _answer(self, number: int, answer: Any) -> None:
-        place, data = await answer
-        self._replies.append((number, place, data))
-        if not self._scheduled:
-            self._scheduled = True
-            self._loop.call_soon(self._ask)  # with what else is answered
+        for module in modules:
+            ray.cloudpickle.unregister_pickle_by_value(module)

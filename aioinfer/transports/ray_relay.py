@@ -2,26 +2,33 @@
 
 It tells clients where the server listens and, for those that cannot connect to it, forwards their
 calls (:mod:`aioinfer.transports.rpc`). Ray can call actors but no program that drives them, so
-the server does not wait to be called: it asks for calls, and brings the answers to earlier ones
-along. For a server with replicas one actor, the desk, does this for all of them, and tells clients
-which there are.
+the server does not wait to be called. To one of its own host the relay has a line, a Unix socket;
+elsewhere the server asks it for calls, and brings the answers to earlier ones along. For a server
+with replicas one actor, the desk, does this for all of them, and tells clients which there are.
 
-This module imports nothing of the package, nor torch: its class is sent to the cluster by value,
-and the actor needs neither the memory nor the seconds that torch takes.
+This module imports nothing that needs torch: it is sent to the cluster by value, with
+:mod:`aioinfer.transports.ray_line`, and the actor needs neither the memory nor the seconds that
+torch takes.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import socket
 from collections import deque
 from collections.abc import Awaitable
 from typing import Any, NamedTuple
 
-Call = tuple[int, bytes, int, bytes]
-"""A number for the answer, then the arguments of ``exchange``."""
-Reply = tuple[int, int, bytes]
-"""That number, then what ``exchange`` returns."""
+from aioinfer.transports.ray_line import (
+    GOODBYE,
+    Line,
+    Numbered,
+    pack_answer,
+    pack_call,
+    unpack_call,
+)
 
 LEAVE, DIED = -1, -2  # as in aioinfer.transports.rpc
 PROBE_S = 0.2
@@ -46,8 +53,9 @@ class Relay:
 
     def __init__(self) -> None:
         self._server: Announced | None = None
-        self._calls: deque[Call] = deque()
-        self._waiting: dict[int, asyncio.Future[tuple[int, bytes]]] = {}
+        self._line: Line | None = None
+        self._calls: deque[Numbered] = deque()
+        self._waiting: dict[int, asyncio.Future[bytes]] = {}
         self._numbers = 0
         self._asking: deque[asyncio.Future[None]] = deque()
         self._busy = False
@@ -61,8 +69,14 @@ class Relay:
     # -- for servers --------------------------------------------------------
 
     async def announce(
-        self, name: bytes, where: Any, process: Any, actor: Any, alive: list[Awaitable[Any]]
-    ) -> bool:
+        self,
+        name: bytes,
+        where: Any,
+        process: Any,
+        actor: Any,
+        alive: list[Awaitable[Any]],
+        address: tuple[str, bytes] | None,
+    ) -> tuple[bool, bool]:
         """A server runs; it may unless another one does.
 
         Args:
@@ -71,27 +85,45 @@ class Relay:
             process: differs from one process to the next.
             actor: the handle of its actor, or ``None``.
             alive: fails if its process ends; a handle on the actor says so sooner.
+            address: a Unix socket at which it listens for a line, and what must be shown there.
 
         Returns:
-            Whether it may.
+            Whether it may, and whether there is a line; if not, it must ask for calls.
         """
         other = self._server
         if other is not None:
             restarted = actor is not None and actor == other.actor and process != other.process
             if not restarted and await self._lives(other):
-                return False
-            await self.withdraw(other.name, [], DIED)
+                return False, False
+            self._without(other.name, DIED)
         self._server = Announced(name, where, process, actor)
         self._served.set()
         self._start(self._watch_server(name, alive))
-        return True
+        has_line = address is not None and await self._connect(name, *address)
+        return self._is(name), has_line
 
-    async def withdraw(self, name: bytes, replies: list[Reply], number: int = LEAVE) -> None:
-        """A server is closed, or has died."""
+    async def withdraw(self, name: bytes, replies: list[Numbered], says_goodbye: bool) -> None:
+        """A server is closed.
+
+        Args:
+            name: its own.
+            replies: its last answers.
+            says_goodbye: whether its line brings them, and then its goodbye.
+        """
+        if says_goodbye and self._is(name) and self._line is not None:
+            await self._line.over
+        if self._is(name):
+            self._answer(replies)
+            self._without(name, LEAVE)
+
+    def _without(self, name: bytes, number: int) -> None:
+        """A server is closed, or has died, as those hear who wait."""
         if not self._is(name):
             return
-        self._answer(replies)
         self._server = None
+        line, self._line = self._line, None
+        if line is not None:
+            line.abort()
         self._served.clear()
         self._kept.clear()
         self._let_go(name)
@@ -100,10 +132,10 @@ class Relay:
         waiting, self._waiting = self._waiting, {}
         for answer in waiting.values():
             if not answer.done():
-                answer.set_result((number, b""))
+                answer.set_result(pack_answer(number, b""))
         self._let_ask_again()
 
-    async def serve(self, name: bytes, replies: list[Reply], busy: bool) -> list[Call]:
+    async def serve(self, name: bytes, replies: list[Numbered], busy: bool) -> list[Numbered]:
         """Take answers to earlier calls; return new calls, once there are any.
 
         Who asks again while this is held gets nothing from the first.
@@ -132,17 +164,49 @@ class Relay:
     def _is(self, name: bytes) -> bool:
         return self._server is not None and self._server.name == name
 
-    def _answer(self, replies: list[Reply]) -> None:
-        for number, place, data in replies:
+    def _answer(self, replies: list[Numbered]) -> None:
+        for number, data in replies:
             answer = self._waiting.pop(number, None)
             if answer is not None and not answer.done():
-                answer.set_result((place, data))
+                answer.set_result(data)
 
     def _let_ask_again(self) -> None:
         while self._asking:
             asking = self._asking.popleft()
             if not asking.done():
                 asking.set_result(None)
+
+    # -- the line to a server -----------------------------------------------
+
+    async def _connect(self, name: bytes, path: str, token: bytes) -> bool:
+        """Make a line; return whether that could be done."""
+        connection = socket.socket(socket.AF_UNIX)
+        try:
+            connection.setblocking(False)
+            connection.connect(path)
+            _, line = await asyncio.get_running_loop().create_unix_connection(
+                lambda: Line(
+                    functools.partial(self._hear, name), lambda _: self._without(name, DIED)
+                ),
+                sock=connection,
+            )
+        except OSError:  # it is on another host
+            connection.close()
+            return False
+        if not self._is(name):
+            line.abort()
+            return False
+        line.show(token)
+        self._line = line
+        while self._calls:
+            line.send(*self._calls.popleft())
+        return True
+
+    def _hear(self, name: bytes, replies: list[Numbered]) -> None:
+        if self._is(name):
+            self._answer(replies)
+            if replies[-1][0] == GOODBYE:
+                self._without(name, LEAVE)
 
     # -- whether a server lives ---------------------------------------------
 
@@ -164,7 +228,7 @@ class Relay:
         try:
             await server.actor.__ray_ready__.remote()
         except Exception:
-            await self.withdraw(server.name, [], DIED)
+            self._without(server.name, DIED)
         else:
             self._look_after(self._busy)
 
@@ -182,7 +246,7 @@ class Relay:
     async def _watch_server(self, name: bytes, alive: list[Awaitable[Any]]) -> None:
         with contextlib.suppress(Exception):
             await alive[0]
-        await self.withdraw(name, [], DIED)
+        self._without(name, DIED)
 
     def _start(self, coroutine: Any) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(coroutine)
@@ -214,20 +278,24 @@ class Relay:
         """The name of the server, and where it is; ``None`` if there is none."""
         return None if self._server is None else (self._server.name, self._server.where)
 
-    async def exchange(self, connection: bytes, number: int, data: bytes) -> tuple[int, bytes]:
+    async def exchange(self, call: bytes) -> bytes:
         """Forward a call to the server, and return its answer."""
+        connection, number, _ = unpack_call(call)
         if number == LEAVE:
             watching = self._watched.pop(connection, None)
             if watching is not None:
                 watching.cancel()
             self._let_go(connection)
         if self._server is None:
-            return LEAVE, b""
+            return pack_answer(LEAVE, b"")
         self._numbers += 1
-        answer: asyncio.Future[tuple[int, bytes]] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self._waiting[self._numbers] = answer
-        self._calls.append((self._numbers, connection, number, data))
-        self._let_ask_again()
+        if self._line is not None:
+            self._line.send(self._numbers, call)
+        else:
+            self._calls.append((self._numbers, call))
+            self._let_ask_again()
         return await answer
 
     async def watch(self, connection: bytes, alive: list[Awaitable[Any]]) -> None:
@@ -238,7 +306,7 @@ class Relay:
         with contextlib.suppress(Exception):
             await alive[0]
         self._watched.pop(connection, None)
-        await self.exchange(connection, LEAVE, b"")
+        await self.exchange(pack_call(connection, LEAVE, b""))
 
     async def stay(self, name: bytes) -> None:
         """Return when the server or connection of this name has ended.
@@ -251,7 +319,7 @@ class Relay:
     async def end(self) -> None:
         """Its server has ended, and there will be no other."""
         if self._server is not None:
-            await self.withdraw(self._server.name, [], DIED)
+            self._without(self._server.name, DIED)
         for watching in self._watched.values():
             watching.cancel()
         self._watched.clear()
