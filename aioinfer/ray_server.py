@@ -129,8 +129,13 @@ class RayInferenceServer(ReplicatedServer):
 
     @property
     def num_replicas(self) -> int:
-        """How many replicas there are, those included that are being replaced."""
-        return self._count
+        """How many replicas there are, those included that are being started or replaced.
+
+        Of a server that does not run, how many it will start with.
+        """
+        if not self.is_alive:
+            return self._count
+        return sum([not keeper.done() for keeper in list(self._keepers.values())])
 
     async def scale(self, num_replicas: int) -> None:
         """Start replicas or close some, while the others serve; wait until that is done.

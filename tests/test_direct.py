@@ -7,14 +7,13 @@ import dataclasses
 import gc
 import pickle
 import socket
-import ssl
 import struct
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from certificates import contexts
 from children import Child
 from conformance import remote
 from conformance.remote import LocalTransport
@@ -490,32 +489,9 @@ async def test_a_connection_that_ended_leaves_no_task_to_the_loop(served: Served
     assert not [name for name in made if "_until_the_loop_ends" in name or "throw" in name]
 
 
-class Contexts:
-    """Makes the contexts of both sides from one certificate."""
-
-    def __init__(self, certificate: Path) -> None:
-        self.certificate = certificate
-
-    def __call__(self, purpose: ssl.Purpose) -> ssl.SSLContext:
-        if purpose is ssl.Purpose.CLIENT_AUTH:
-            context = ssl.create_default_context(purpose)
-            context.load_cert_chain(self.certificate)
-        else:
-            context = ssl.create_default_context(purpose, cafile=str(self.certificate))
-        return context
-
-
 def test_over_tls(tmp_path: Path):
     """Threads and coroutines are served over TLS, and nobody without it."""
-    certificate = tmp_path / "certificate.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
-         "-nodes", "-days", "2", "-subj", "/CN=localhost", "-addext",
-         "subjectAltName=IP:127.0.0.1", "-keyout", certificate, "-out", tmp_path / "public.pem"],
-        check=True, capture_output=True,
-    )  # fmt: skip
-    certificate.write_bytes(certificate.read_bytes() + (tmp_path / "public.pem").read_bytes())
-    transport = LocalTransport("direct", tls=Contexts(certificate))
+    transport = LocalTransport("direct", tls=contexts(tmp_path))
     with InferenceServer(doubling(), transport) as server:
         served = Served(transport, server)
         client = transport.sync_client()

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import ray
 import torch
+from certificates import contexts
 from helpers import action, outcomes, row, wait_until, within
 from rays import start_ray
 
@@ -287,6 +288,31 @@ def test_more_and_fewer(stage: Stage):
     assert set(server.stats()) == {0, 1}
 
 
+def test_both_are_killed_at_once(stage: Stage):
+    """Requests that find no replica to go to fail, soon; both are replaced, with the weights."""
+    server = stage.server
+    versions = server.load_state_dict({"weight": torch.tensor(5.0)})
+    doomed = stage.pids()
+    for how in stage.links:
+        stage.pids(how)
+    for pid in doomed:
+        os.kill(pid, signal.SIGSTOP)
+    asked = [stage.asking.ask.remote(how, 20) for how in stage.links]
+    ready, _ = ray.wait(asked, num_returns=3, timeout=0.3)
+    assert not ready
+    for pid in doomed:
+        os.kill(pid, signal.SIGKILL)
+    killed_at = time.time()
+    for outcomes_ in ray.get(asked):
+        assert {len(outcome) for outcome in outcomes_} == {2}
+        assert names_within(outcomes_, killed_at) == {"ServerDiedError"}
+    assert server.num_replicas == 2
+    wait_until(lambda: len(server.transport.replicas) == 2, "their replacement")
+    assert not stage.pids() & doomed
+    (version,) = set(versions.values())
+    assert {(answer[0], answer[2]) for answer in stage.ask(20)} == {(5.0, version)}
+
+
 def test_all_are_killed(stage: Stage):
     """Who waits for an answer is told at once, as is who asks next; closed, they hear that.
 
@@ -326,6 +352,57 @@ def test_all_are_killed(stage: Stage):
             ask()
     assert not server.is_alive
     server.shutdown()
+
+
+@pytest.mark.usefixtures("_stage")
+def test_replicas_that_are_not_replaced(tmp_path: Path):
+    """After max_restarts the others go on; after the last one every call fails, and none waits.
+
+    More are started when asked for. All of it over TLS, at an address of the user's choice.
+    """
+    server = RayInferenceServer(
+        WithPid,
+        2,
+        ray_options={"num_cpus": 0, "max_restarts": 0},
+        room=2,
+        connection="direct",
+        host="127.0.0.1",
+        tls=contexts(tmp_path),
+        start_timeout=START_S,
+    )
+    with server:
+        for link in server.transport.replicas.values():
+            found = link._background_loop().call(link._find)
+            assert found.address[0] == "127.0.0.1"
+            assert found.exchange is None
+        client = server.sync_client()
+
+        def ask() -> set[int]:
+            replies = [client.submit(row(value)) for value in range(20)]
+            return {int(reply.result(10)["pid"]) for reply in replies}
+
+        pids = ask()
+        assert len(pids) == 2
+        doomed, last = pids
+        for number, (pid, left) in enumerate([(doomed, {last}), (last, set())]):
+            os.kill(pid, signal.SIGSTOP)
+            asked = [client.submit(row(value)) for value in range(20)]
+            os.kill(pid, signal.SIGKILL)
+            for reply in asked:
+                error = reply.exception(10)
+                assert (error is None) if left else isinstance(error, ServerDiedError)
+            wait_until(lambda n=number: server.num_replicas == 1 - n, "the end of its keeper")
+            assert len(server.transport.replicas) == len(left)
+            if left:
+                assert ask() == left
+                assert len(server.stats()) == 1
+        with pytest.raises(ServerDiedError, match="all replicas have died"):
+            client(row(1))
+        with pytest.raises(ServerDiedError, match="all replicas have died"):
+            server.stats()
+        server.sync_scale(1)
+        assert not ask() & pids
+        assert set(server.stats()) == {0}
 
 
 @pytest.mark.usefixtures("_stage")
