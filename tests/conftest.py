@@ -7,6 +7,7 @@ import gc
 import inspect
 import logging
 import os
+import sys
 import threading
 import time
 import traceback
@@ -79,8 +80,24 @@ def _warmed_up() -> None:
         loop = uvloop.new_event_loop()  # libuv keeps one pipe for signals, for ever
         loop.run_until_complete(asyncio.sleep(0))
         loop.close()
-    gc.collect()
-    gc.freeze()  # so that the collection after each test looks at the test's objects only
+
+
+@pytest.fixture(scope="session")
+def _imported() -> set[str]:
+    """The modules that no collection looks at any more."""
+    return set()
+
+
+@pytest.fixture(autouse=True)
+def _what_stays_is_frozen(_imported: set[str]) -> None:
+    """Have the collection after each test look at the test's objects, not at those of modules.
+
+    Tests import some of the largest modules only when they first need them.
+    """
+    if not sys.modules.keys() <= _imported:
+        _imported.update(sys.modules)
+        gc.collect()
+        gc.freeze()
 
 
 # -- clusters ---------------------------------------------------------------
