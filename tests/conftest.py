@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import inspect
+import itertools
 import logging
 import os
 import sys
@@ -30,6 +31,8 @@ pytest.register_assert_rewrite("helpers", "weights")
 
 LEFT_BEHIND_S = 5.0
 """Seconds that threads have to end, and descriptors to close, after a test."""
+FREEZE_EVERY = 50
+"""Tests after which what is still there will stay."""
 
 
 _LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {"asyncio": asyncio.SelectorEventLoop}
@@ -83,21 +86,27 @@ def _warmed_up() -> None:
 
 
 @pytest.fixture(scope="session")
-def _imported() -> set[str]:
-    """The modules that no collection looks at any more."""
-    return set()
+def _freeze_what_stays() -> Callable[[], None]:
+    modules, tests = 0, itertools.count()
+
+    def freeze() -> None:
+        nonlocal modules
+        if next(tests) % FREEZE_EVERY == 0 or len(sys.modules) > modules:
+            modules = len(sys.modules)
+            gc.collect()
+            gc.freeze()
+
+    return freeze
 
 
 @pytest.fixture(autouse=True)
-def _what_stays_is_frozen(_imported: set[str]) -> None:
-    """Have the collection after each test look at the test's objects, not at those of modules.
+def _what_stays_is_frozen(_freeze_what_stays: Callable[[], None]) -> None:
+    """Have the collection after a test look at the objects of that test.
 
-    Tests import some of the largest modules only when they first need them.
+    There are a hundred times as many of modules, some of which a test is the first to import;
+    and pytest keeps a few of each test.
     """
-    if not sys.modules.keys() <= _imported:
-        _imported.update(sys.modules)
-        gc.collect()
-        gc.freeze()
+    _freeze_what_stays()
 
 
 # -- clusters ---------------------------------------------------------------
