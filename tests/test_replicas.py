@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import threading
-from multiprocessing import resource_tracker
 from typing import Any
 
 import pytest
@@ -59,7 +59,7 @@ class _Shared:
         return self
 
 
-resource_tracker.ensure_running()  # started with the first spawned process; it stays
+FORK = multiprocessing.get_context("fork")
 
 TWO = ["cpu", "cpu"]
 
@@ -276,7 +276,9 @@ class TestLife:
 
     async def test_in_a_process_of_its_own(self) -> None:
         """The options reach the child, which has a thread for each replica."""
-        async with ProcessInferenceServer(two_linear, devices=TWO, max_batch_size=1) as server:
+        async with ProcessInferenceServer(
+            two_linear, ctx=FORK, devices=TWO, max_batch_size=1
+        ) as server:
             client = server.async_client()
             replies = await within(asyncio.gather(*(client(row(1)) for _ in range(4))), 60.0)
         assert len({tuple(reply["action"].tolist()) for reply in replies}) == 1

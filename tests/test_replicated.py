@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import multiprocessing
 import os
 import pickle
 import signal
@@ -33,6 +34,8 @@ from aioinfer.request import GivenUp, Request, Source
 from aioinfer.testing import ManualClock, RecordingModel, settle
 from aioinfer.transports.replicated import FIRST_PAUSE_S, MAX_RETRIES, ReplicatedTransport
 from aioinfer.waiting import answer_threads
+
+FORK = multiprocessing.get_context("fork")
 
 pytestmark = [
     pytest.mark.timeout(60),
@@ -346,7 +349,7 @@ async def test_a_replica_that_left_is_tried_again_less_and_less_often():
 @pytest.mark.timeout(100)
 def test_a_server_process_that_is_killed():
     """Requests under way in a process that is killed are answered by the other process."""
-    servers = [ProcessInferenceServer(_slow_doubling) for _ in range(2)]
+    servers = [ProcessInferenceServer(_slow_doubling, ctx=FORK) for _ in range(2)]
     transport = ReplicatedTransport({n: s.transport for n, s in enumerate(servers)}, room=100)
 
     async def main() -> None:

@@ -546,6 +546,9 @@ def test_a_program_that_forgets_shutdown_ends():
 def test_a_program_with_a_stuck_forward_ends():
     """A program ends by itself even if the policy of a server that it forgot never returns."""
     process = _process("""
+        from aioinfer import executor
+
+        executor._JOIN_S = 0.1  # seconds in which it might have returned
         entered = threading.Event()
 
         def stuck(td):

@@ -235,8 +235,16 @@ def check(said: Said, transport: MPTransport) -> dict[tuple[str, str], str | Non
 
 @pytest.fixture(
     scope="module",
-    params=[(place, method) for place in ("here", "apart") for method in ("fork", "spawn")],
-    ids="-".join,
+    params=[
+        pytest.param(
+            (place, method),
+            id=f"{place}-{method}",
+            # One worker asks for what is found, so that it is found once.
+            marks=pytest.mark.xdist_group(f"{place}-{method}"),
+        )
+        for place in ("here", "apart")
+        for method in ("fork", "spawn")
+    ],
 )
 def found(request: pytest.FixtureRequest) -> dict[tuple[str, str], str | None]:
     """What a process has found: a server here or apart, a caller forked or spawned."""
