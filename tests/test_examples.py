@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import ast
-import contextlib
-import os
 import re
 import runpy
 import signal
-import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
+from programs import ROOT, Programs
 
-ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 DEMO = EXAMPLES / "cartpole.py"
 PROCESSES = EXAMPLES / "process_actors.py"
@@ -26,33 +25,28 @@ SHORTEST = ["shortest_asyncio.py", "shortest_threads.py"]
 
 REQUIRED_PAGES = ["README.md", "docs/quickstart.md"]
 unix_only = pytest.mark.skipif(sys.platform == "win32", reason="processes need Unix sockets")
+Run = Callable[..., CompletedProcess[str]]
 PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-TIMEOUT_S = 100
 
 
 # -- what the tests are written in --------------------------------------------
 
 
-def environment() -> dict[str, str]:
-    """The environment of a child process, which imports this checkout."""
-    path = os.environ.get("PYTHONPATH")
-    return {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{path}" if path else str(ROOT)}
+@pytest.fixture(scope="session")
+def programs() -> Iterator[Programs]:
+    """Runs programs; started before what is left after a test is looked for."""
+    programs = Programs()
+    yield programs
+    programs.close()
 
 
-def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run Python as a user would, with every warning an error, and wait for it."""
-    return subprocess.run(
-        [sys.executable, "-W", "error", *map(str, command)],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
+@pytest.fixture(scope="session")
+def run(programs: Programs) -> Run:
+    """Run a program as a user would, with every warning an error, and wait for it."""
+    return lambda *command: programs.start(*command).result()
 
 
-def succeeded(result: subprocess.CompletedProcess[str]) -> str:
+def succeeded(result: CompletedProcess[str]) -> str:
     """Return what a child process printed; fail with all of it if it failed."""
     assert result.returncode == 0, f"{result.returncode}\n{result.stdout}\n{result.stderr}"
     return result.stdout
@@ -97,34 +91,29 @@ def accounts_for(table: str, rows: int) -> None:
         assert 0 <= column(table, name, 0) <= column(table, name, 1)
 
 
-def interrupted(*command: str | Path, after: str) -> subprocess.CompletedProcess[str]:
-    """Run Python in a terminal's stead; press Ctrl-C once stderr holds the pattern `after`."""
-    with subprocess.Popen(
-        [sys.executable, *map(str, command)],
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        assert process.stderr is not None
+@pytest.fixture(scope="session")
+def interrupted(programs: Programs) -> Run:
+    """Run a program in a terminal's stead; press Ctrl-C once stderr holds the pattern `after`."""
+
+    def run(*command: str | Path, after: str) -> CompletedProcess[str]:
+        program = programs.start(*command, strict=False)
         try:
             seen = ""
             while not re.search(after, seen):
-                character = process.stderr.read(1)
+                character = program.stderr.read(1)
                 assert character, f"ended before {after!r}:\n{seen}"
                 seen += character
-            os.killpg(process.pid, signal.SIGINT)  # Ctrl-C goes to every process of the terminal
-            # The end of stderr is the end of every process, as all of them inherited it.
-            _, rest = process.communicate(timeout=TIMEOUT_S)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-    return subprocess.CompletedProcess(command, process.returncode, "", rest)
+            program.kill(signal.SIGINT)  # Ctrl-C goes to every process of the terminal
+        except BaseException:
+            program.kill()
+            program.result()
+            raise
+        return program.result()
+
+    return run
 
 
-def stopped(result: subprocess.CompletedProcess[str]) -> None:
+def stopped(result: CompletedProcess[str]) -> None:
     """Check that Ctrl-C ended a program with one word and no traceback."""
     assert result.returncode == 130
     assert "Traceback" not in result.stderr
@@ -141,13 +130,13 @@ def test_every_example_is_run_here() -> None:
 
 
 @pytest.mark.parametrize("name", SHORTEST)
-def test_a_shortest_program_runs(name: str) -> None:
+def test_a_shortest_program_runs(name: str, run: Run) -> None:
     """Each shortest program ends well and reports a reply for each of its actors."""
     assert "32 replies from" in succeeded(run(EXAMPLES / name))
 
 
 @pytest.mark.xdist_group("ray")
-def test_ray_actors_are_served() -> None:
+def test_ray_actors_are_served(run: Run) -> None:
     """The example starts Ray, and every step of every environment was served."""
     said = succeeded(run(RAY, "--actors", "2", "--envs", "3", "--steps", "20"))
     assert "120 steps in" in said
@@ -161,7 +150,7 @@ def test_a_shortest_program_is_short(name: str) -> None:
 
 
 @pytest.mark.parametrize("mode", [[], ["--threads"]], ids=["asyncio", "threads"])
-def test_the_demo_reports_what_it_ran(mode: list[str]) -> None:
+def test_the_demo_reports_what_it_ran(mode: list[str], run: Run) -> None:
     """The demo's table accounts for every step of every actor, and for every batch."""
     out = succeeded(run(DEMO, "--steps", "20", "--actors", "4", "--hidden", "8", *mode))
     own = column(out, "every actor on its own")
@@ -171,7 +160,7 @@ def test_the_demo_reports_what_it_ran(mode: list[str]) -> None:
     accounts_for(out, rows=4 * 20)
 
 
-def test_the_demo_holds_batches_to_their_limit() -> None:
+def test_the_demo_holds_batches_to_their_limit(run: Run) -> None:
     """--max-batch-size 1 makes a forward of every step."""
     out = succeeded(run(DEMO, "--steps", "5", "--actors", "3", "--max-batch-size", "1"))
     assert column(out, "batches") == 15
@@ -193,7 +182,7 @@ def test_the_demo_refuses_a_count_below_one(
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGINT to send on Windows")
 @pytest.mark.parametrize("phase", ["on its own", "served"])
 @pytest.mark.parametrize("mode", [[], ["--threads"]], ids=["asyncio", "threads"])
-def test_ctrl_c_ends_the_demo_cleanly(mode: list[str], phase: str) -> None:
+def test_ctrl_c_ends_the_demo_cleanly(mode: list[str], phase: str, interrupted: Run) -> None:
     """Ctrl-C, in either phase, ends the demo with one word and no traceback."""
     # With batches of one row the served phase is the slow one, so it cannot end before the
     # signal is there.
@@ -204,7 +193,7 @@ def test_ctrl_c_ends_the_demo_cleanly(mode: list[str], phase: str) -> None:
 
 
 @unix_only
-def test_actors_in_processes_report_what_they_did() -> None:
+def test_actors_in_processes_report_what_they_did(run: Run) -> None:
     """The table accounts for a request per step of each process, and a row per environment."""
     out = succeeded(run(PROCESSES, "--processes", "2", "--envs", "3", "--steps", "12"))
     assert column(out, "requests") == 2 * 12
@@ -213,7 +202,7 @@ def test_actors_in_processes_report_what_they_did() -> None:
 
 
 @unix_only
-def test_actors_in_processes_play_atari() -> None:
+def test_actors_in_processes_play_atari(run: Run) -> None:
     """With --env, the processes play Pong from pixels."""
     options = ["--env", "ALE/Pong-v5", "--processes", "2", "--envs", "2", "--steps", "3"]
     out = succeeded(run(PROCESSES, *options))
@@ -222,14 +211,14 @@ def test_actors_in_processes_play_atari() -> None:
 
 
 @unix_only
-def test_ctrl_c_ends_actors_in_processes_cleanly() -> None:
+def test_ctrl_c_ends_actors_in_processes_cleanly(interrupted: Run) -> None:
     """Ctrl-C ends the program, its actors and its server with one word and no traceback."""
     options = ["--processes", "2", "--envs", "1", "--steps", "1000000"]
     stopped(interrupted(PROCESSES, *options, after=r" [1-9][0-9.]*k/"))
 
 
 @pytest.mark.skipif(find_spec("monarch") is None, reason="there is no Monarch for every platform")
-def test_the_monarch_actors_see_new_weights() -> None:
+def test_the_monarch_actors_see_new_weights(run: Run) -> None:
     """The table has a line per actor with its steps, and versions that went up while it ran."""
     options = ["--actors", "2", "--environments", "2", "--steps", "150", "--replicas", "2"]
     out = succeeded(run(MONARCH, *options, "--update-every", "0.01"))
@@ -242,7 +231,7 @@ def test_the_monarch_actors_see_new_weights() -> None:
 
 @unix_only
 @pytest.mark.parametrize("mode", [[], ["--processes", "2"]], ids=["asyncio", "processes"])
-def test_training_serves_every_update(mode: list[str], tmp_path: Path) -> None:
+def test_training_serves_every_update(mode: list[str], tmp_path: Path, run: Run) -> None:
     """Each update is served under a version of its own, learns from fresh steps, and is plotted."""
     picture = tmp_path / "new" / "plot.png"
     out = succeeded(run(TRAINING, "--updates", "3", "--plot", picture, *mode))
@@ -255,7 +244,7 @@ def test_training_serves_every_update(mode: list[str], tmp_path: Path) -> None:
 
 @unix_only
 @pytest.mark.parametrize("mode", [[], ["--processes", "2"]], ids=["asyncio", "processes"])
-def test_ctrl_c_ends_training_cleanly(mode: list[str]) -> None:
+def test_ctrl_c_ends_training_cleanly(mode: list[str], interrupted: Run) -> None:
     """Ctrl-C ends the learner, its actors and the server with one word and no traceback."""
     stopped(interrupted(TRAINING, "--updates", "100000", *mode, after="version 2"))
 
@@ -264,7 +253,7 @@ def test_ctrl_c_ends_training_cleanly(mode: list[str]) -> None:
 
 
 @pytest.mark.parametrize("page", pages())
-def test_the_blocks_of_a_page_run(page: str, tmp_path: Path) -> None:
+def test_the_blocks_of_a_page_run(page: str, tmp_path: Path, run: Run) -> None:
     """The Python blocks of a page run from top to bottom, as they stand."""
     path = ROOT / page
     assert path.exists(), f"{page} is missing"
