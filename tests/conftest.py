@@ -18,6 +18,7 @@ from pathlib import Path
 import blockbuster.blockbuster
 import pytest
 import torch
+from programs import Programs
 from tensordict import TensorDict
 
 import aioinfer
@@ -107,6 +108,17 @@ def _what_stays_is_frozen(_freeze_what_stays: Callable[[], None]) -> None:
     and pytest keeps a few of each test.
     """
     _freeze_what_stays()
+
+
+# -- other processes --------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def programs() -> Iterator[Programs]:
+    """Runs programs, one after the other."""
+    programs = Programs()
+    yield programs
+    programs.close()
 
 
 # -- clusters ---------------------------------------------------------------

@@ -7,7 +7,7 @@ import re
 import runpy
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -30,14 +30,6 @@ PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 # -- what the tests are written in --------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def programs() -> Iterator[Programs]:
-    """Runs programs; started before what is left after a test is looked for."""
-    programs = Programs()
-    yield programs
-    programs.close()
 
 
 @pytest.fixture(scope="session")

@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import gc
 import math
-import os
 import pickle
 import signal
-import subprocess
-import sys
 import textwrap
 import threading
 import weakref
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,7 @@ from helpers import (
     wait_until,
     within,
 )
+from programs import Program, Programs
 
 from aioinfer import (
     AsyncioTransport,
@@ -490,42 +489,35 @@ async def test_an_idle_server_does_nothing():
 # -- life in processes ------------------------------------------------------
 
 
-def _process(script: str) -> subprocess.Popen[str]:
-    prelude = """
-        import asyncio, os, signal, sys, threading
-        import torch
-        from tensordict import TensorDict
-        from aioinfer import InferenceServer, ThreadingTransport
+_PRELUDE = """
+    import asyncio, os, signal, sys, threading
+    import torch
+    from tensordict import TensorDict
+    from aioinfer import InferenceServer, ThreadingTransport
 
-        def row(value):
-            return TensorDict({"observation": torch.full((3,), float(value))})
+    def row(value):
+        return TensorDict({"observation": torch.full((3,), float(value))})
 
-        def double(td):
-            return TensorDict({"action": td["observation"] * 2}, td.batch_size)
-    """
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(prelude) + textwrap.dedent(script)],
-        cwd=Path(__file__).parent.parent,
-        env={**os.environ, "PYTHONPATH": "."},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    def double(td):
+        return TensorDict({"action": td["observation"] * 2}, td.batch_size)
+"""
 
 
-def _end_of(process: subprocess.Popen[str], seconds: float = 60) -> tuple[int, str, str]:
-    try:
-        out, err = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        out, err = process.communicate()
-        pytest.fail(f"the process did not end by itself\n{out}\n{err}")
-    return process.returncode, out, err
+@pytest.fixture
+def run(programs: Programs, tmp_path: Path) -> Callable[[str], Program]:
+    """Run a script in a process of its own."""
+
+    def run(script: str) -> Program:
+        path = tmp_path / "script.py"
+        path.write_text(textwrap.dedent(_PRELUDE) + textwrap.dedent(script), encoding="utf-8")
+        return programs.start(path, strict=False)
+
+    return run
 
 
-def test_a_program_that_forgets_shutdown_ends():
+def test_a_program_that_forgets_shutdown_ends(run: Callable[[str], Program]):
     """A program ends by itself and cleanly over a server it forgot, and actors that still ask."""
-    process = _process("""
+    program = run("""
         server = InferenceServer(double).start()
         client = server.sync_client()
         asked = row(1)  # a daemon thread that is inside of torch takes the program down with it
@@ -539,13 +531,13 @@ def test_a_program_that_forgets_shutdown_ends():
             threading.Thread(target=actor, daemon=True).start()
         print(client(row(1))["action"].tolist())
     """)
-    code, out, err = _end_of(process)
-    assert (code, out.strip(), err) == (0, "[2.0, 2.0, 2.0]", "")
+    result = program.result()
+    assert (result.returncode, result.stdout.strip(), result.stderr) == (0, "[2.0, 2.0, 2.0]", "")
 
 
-def test_a_program_with_a_stuck_forward_ends():
+def test_a_program_with_a_stuck_forward_ends(run: Callable[[str], Program]):
     """A program ends by itself even if the policy of a server that it forgot never returns."""
-    process = _process("""
+    program = run("""
         from aioinfer import executor
 
         executor._JOIN_S = 0.1  # seconds in which it might have returned
@@ -560,30 +552,30 @@ def test_a_program_with_a_stuck_forward_ends():
         entered.wait()
         print("leaving")
     """)
-    code, out, err = _end_of(process)
-    assert (code, out.strip()) == (0, "leaving"), err
+    result = program.result()
+    assert (result.returncode, result.stdout.strip()) == (0, "leaving"), result.stderr
 
 
-def test_a_loop_that_is_left_running_ends_with_the_program():
+def test_a_loop_that_is_left_running_ends_with_the_program(run: Callable[[str], Program]):
     """A program whose ``asyncio.run`` ended without closing the server ends cleanly."""
-    process = _process("""
+    program = run("""
         async def main():
             server = await InferenceServer(double).__aenter__()
             print((await server.async_client()(row(1)))["action"].tolist())
 
         asyncio.run(main())
     """)
-    code, out, err = _end_of(process)
-    assert (code, out.strip(), err) == (0, "[2.0, 2.0, 2.0]", "")
+    result = program.result()
+    assert (result.returncode, result.stdout.strip(), result.stderr) == (0, "[2.0, 2.0, 2.0]", "")
 
 
 @pytest.mark.parametrize("kind", ["thread", "asyncio"])
-def test_ctrl_c(kind: str):
+def test_ctrl_c(kind: str, run: Callable[[str], Program]):
     """Ctrl-C ends a program that waits for an answer, quickly and with a traceback of its own.
 
     Pitfall 32.
     """
-    process = _process(f"""
+    program = run(f"""
         go = threading.Event()
 
         def slow(td):
@@ -601,12 +593,11 @@ def test_ctrl_c(kind: str):
         else:
             asyncio.run(main())
     """)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "entered\n"
-    process.send_signal(signal.SIGINT)
-    code, _, err = _end_of(process)
-    assert code in (1, -signal.SIGINT, 130)
-    assert err.rstrip().endswith("KeyboardInterrupt")
+    assert program.stdout.readline() == "entered\n"
+    program.kill(signal.SIGINT)
+    result = program.result()
+    assert result.returncode in (1, -signal.SIGINT, 130)
+    assert result.stderr.rstrip().endswith("KeyboardInterrupt")
 
 
 def test_started_again_by_who_learns_that_its_loop_was_closed(logged_errors: list[str]):
