@@ -12,7 +12,7 @@ from helpers import action, doubling, row, rows
 from monarch.actor import Actor, concurrent_endpoint, endpoint
 from tensordict import TensorDictBase
 
-from aioinfer import InferenceServer, MonarchTransport
+from aioinfer import InferenceServer, MonarchTransport, executor
 from aioinfer.testing import RecordingModel
 
 
@@ -83,6 +83,7 @@ class Serving(Actor):
         self.model = RecordingModel()
         if hold:
             self.model.hold(limit_s=60)
+            executor._JOIN_S = 0.1  # as long as the end of the process waits for that
         self.server = InferenceServer(self.model if hold else doubling(), transport)
         await self.server.__aenter__()
         return os.getpid()
