@@ -29,7 +29,11 @@ help: ## show this list
 demo: $(EXAMPLES) ## serve a policy to 64 CartPole actors; options in ARGS
 	$(BIN)/python examples/cartpole.py $(ARGS)
 
-test: lint docs ## lint, build the docs, then run all tests
+# Some of the tests start dozens of processes, which would all compile the modules that they import
+# where the environment tells Python not to keep that.
+test: export PYTHONDONTWRITEBYTECODE =
+test: $(DEV) ## lint, build the docs, then run all tests
+	$(MAKE) -j 2 lint docs
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS) tests
 
 lint: $(DEV) ## ruff and mypy
