@@ -17,6 +17,7 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from aioinfer.batching import ANY_NUMBER, Batcher, Dispatch, Wait
+from aioinfer.patience import COLD_TIMEOUT_S
 from aioinfer.request import Request, Source, State
 
 # The same examples in every run: what a run finds, the next one finds too.
@@ -229,11 +230,17 @@ class World(RuleBasedStateMachine):
             self.ask()
         elif not self.batcher.busy:
             # Not asked, because Wait said that this arrival changes nothing. Is that so? (Once
-            # something is learnt from arrivals, they may change what is worth while.)
+            # something is learnt from arrivals, they may change what is worth while. And while
+            # everybody is expected back, one of another kind waits for them, if not for long.)
             double, outside = copy.deepcopy((self.batcher, self.outside))
             self.take_in(double, outside)
             action = double.next_action(self.now)
-            assert isinstance(action, Wait) or double._patience.can_judge
+            until, among_others = self.action.until, signature is not self.batcher._kind
+            assert (
+                isinstance(action, Wait)
+                or double._patience.can_judge
+                or (among_others and until is not None and until <= self.now + COLD_TIMEOUT_S)
+            )
 
     def take_in(self, batcher: Batcher, outside: deque[Request]) -> list[Request]:
         taken = []
