@@ -266,7 +266,9 @@ class Noise(nn.Module):
         return x + torch.randn_like(x)
 
 
-@pytest.mark.parametrize("options", [{"cuda_graphs": True}, {"collate_fn": torch.stack}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"cuda_graphs": True}, {"collate_fn": torch.stack}], ids=["graphs", "collate_fn"]
+)
 async def test_replies_that_stay(options: dict[str, Any]) -> None:
     """``output_device`` leaves them on the device, done and not to be overwritten."""
     async with InferenceServer(policy(), device="cuda", output_device="cuda", **options) as server:
