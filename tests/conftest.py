@@ -8,6 +8,7 @@ import inspect
 import itertools
 import logging
 import os
+import signal
 import sys
 import threading
 import time
@@ -39,6 +40,12 @@ FREEZE_EVERY = 50
 _LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {"asyncio": asyncio.SelectorEventLoop}
 if uvloop is not None:
     _LOOPS["uvloop"] = uvloop.new_event_loop
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let the programs of tests be interrupted, even if whoever runs the tests ignores Ctrl-C."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # which they would inherit
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_asyncio_loop_factories(
