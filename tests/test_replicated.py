@@ -278,6 +278,20 @@ async def test_a_request_that_takes_replicas_down_is_sent_on_a_few_times_only():
     assert [puppet.asked for puppet in found] == [1] * (MAX_RETRIES + 1) + [0, 0]
 
 
+@pytest.mark.parametrize("at_once", [True, False])
+async def test_of_the_dead_it_is_said_that_they_died(at_once: bool):
+    """A caller whose replica died is told so, even if those asked next say that they are closed."""
+    transport, found = puppets(3)
+    future = transport.async_client().submit(row(1))
+    if at_once:
+        found[1].refuses = found[2].refuses = ServerClosedError("closed")
+    found[0].die()
+    for puppet in () if at_once else found[1:]:
+        puppet.answer(ServerClosedError("closed"))
+    assert type((await outcomes(future))[0]) is ServerDiedError
+    assert [puppet.asked for puppet in found] == [1, 1, 1]
+
+
 async def test_a_retry_keeps_the_deadline():
     """What is sent on has the time that is left to it, and nothing is sent on too late."""
     clock = ManualClock()

@@ -74,7 +74,7 @@ class Replica:
 class Attempt:
     """One request on its way to one replica, and the handle that this replica answers."""
 
-    __slots__ = ("data", "deadline", "given_up", "handle", "inner", "loop", "over",
+    __slots__ = ("data", "deadline", "failure", "given_up", "handle", "inner", "loop", "over",
                  "replica", "retries", "source", "transport", "tried")  # fmt: skip
 
     def __init__(
@@ -97,10 +97,22 @@ class Attempt:
         self.over = True
         """Whether no replica has it; set once per replica, under the transport's lock."""
         self.given_up: GivenUp | None = None
+        self.failure: InferenceError | None = None
+        """What the replicas that went have come to."""
+
+    def failed(self, error: InferenceError) -> InferenceError:
+        """A replica has gone; return what to tell of all that have.
+
+        That one died says more than that one is closed, which is said of the dead as well once
+        they are known to be.
+        """
+        if not isinstance(self.failure, ServerDiedError):
+            self.failure = error
+        return self.failure
 
     def end(self) -> None:
         """Keep nothing that was asked, and no cycle of references."""
-        self.inner = self.data = None
+        self.inner = self.data = self.failure = None
 
     # -- as a handle --------------------------------------------------------
 

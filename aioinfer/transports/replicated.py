@@ -18,7 +18,7 @@ import aioinfer.arguments as arguments
 from aioinfer.balancing import Balancer
 from aioinfer.blocking import BackgroundLoop, OwnLoop
 from aioinfer.clock import Clock, MonotonicClock, RemoteTimer
-from aioinfer.errors import InferenceError, ServerClosedError
+from aioinfer.errors import InferenceError, ServerClosedError, ServerDiedError
 from aioinfer.forks import forgets
 from aioinfer.intake import Intake
 from aioinfer.request import GivenUp, Request, Source
@@ -245,7 +245,7 @@ class ReplicatedTransport(InferenceTransport):
             except GONE as error:
                 self.settled(attempt)
                 self._left(replica)
-                refusal = error
+                refusal = attempt.failed(error)
             except BaseException:
                 self.settled(attempt)
                 attempt.end()
@@ -351,6 +351,7 @@ class ReplicatedTransport(InferenceTransport):
     def again(self, attempt: Attempt, error: InferenceError) -> BaseException | None:
         """Send a request to another replica than the one that went; its error if that cannot be."""
         self._left(attempt.replica)
+        error = attempt.failed(error)
         late = attempt.deadline is not None and self._clock() >= attempt.deadline
         if not self._retry or attempt.given_up is not None or late:
             return error
@@ -360,7 +361,9 @@ class ReplicatedTransport(InferenceTransport):
         try:
             self._set_out(attempt, True)
         except InferenceError as refusal:
-            return error if isinstance(refusal, GONE) else refusal
+            if isinstance(refusal, GONE) and not isinstance(refusal, ServerDiedError):
+                return error
+            return refusal
         except Exception as refusal:
             return refusal
         return None
