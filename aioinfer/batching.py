@@ -108,7 +108,9 @@ class Wait(NamedTuple):
 
     ``until`` is ``None`` where only an arrival, or the end of the forward, changes anything.
     Fewer arrivals than ``arrivals`` cannot change the decision as long as each is one row
-    without priority and deadline; any other arrival is a reason to ask again.
+    without priority and deadline; any other arrival is a reason to ask again. (While callers are
+    expected back of whom too little is known, one of another signature waits with them, for
+    ``COLD_TIMEOUT_S`` at most.)
     """
 
     until: float | None

@@ -57,7 +57,7 @@ class ThreadExecutor:
         self._thread: threading.Thread | None = None
         self._stopping = False
         self._lock = threading.Lock()  # between a call, a start and a stop
-        self._jobs: queue.SimpleQueue[Batch | _Call | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Batch | Call | None] = queue.SimpleQueue()
         self._stopped: Future[None] = Future()
 
     def start(self, run: Run, finished: Report, free: Report | None = None) -> None:
@@ -89,7 +89,7 @@ class ThreadExecutor:
         self._jobs.put(batch)
 
     def call(self, function: Callable[[], Any]) -> Future[Any]:
-        job = _Call(function)
+        job = Call(function)
         if self.is_here():
             job.run()
             return job.future
@@ -118,7 +118,7 @@ class ThreadExecutor:
 
 
 def _work(
-    jobs: queue.SimpleQueue[Batch | _Call | None],
+    jobs: queue.SimpleQueue[Batch | Call | None],
     run: Run,
     finished: Report,
     flights: Flights,
@@ -131,7 +131,7 @@ def _work(
     # is not the main one runs its kernels on all cores, whatever the user has set.
     torch.set_num_threads(torch.get_num_threads())
     while (job := jobs.get()) is not None:
-        if isinstance(job, _Call):
+        if isinstance(job, Call):
             flights.land()
             job.run()
         else:
@@ -222,7 +222,7 @@ def _join_threads() -> None:
 _JOIN_S = 5.0
 
 
-class _Call:
+class Call:
     """A function to run between batches."""
 
     def __init__(self, function: Callable[[], Any]) -> None:
@@ -230,10 +230,12 @@ class _Call:
         self._function = function
 
     def run_after(self, thread: threading.Thread) -> None:
+        """Run it once a thread has ended."""
         thread.join()
         self.run()
 
     def run(self) -> None:
+        """Run it here, unless nobody wants to know any more; the future tells what came of it."""
         if not self.future.set_running_or_notify_cancel():
             return
         try:

@@ -31,7 +31,6 @@ from aioinfer import (
     ServerClosedError,
     ServerDiedError,
 )
-from aioinfer.transports.attempt import GONE
 from aioinfer.transports.ray_replicas import RayReplicas
 
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.timeout(100)]
@@ -382,8 +381,8 @@ def test_replicas_that_are_not_replaced(tmp_path: Path):
             replies = [client.submit(row(value)) for value in range(20)]
             return {int(reply.result(10)["pid"]) for reply in replies}
 
-        pids = ask()
-        assert len(pids) == 2
+        while len(pids := ask()) < 2:  # the first may have answered all of it by then
+            pass
         doomed, last = pids
         for number, (pid, left) in enumerate([(doomed, {last}), (last, set())]):
             os.kill(pid, signal.SIGSTOP)
@@ -391,9 +390,9 @@ def test_replicas_that_are_not_replaced(tmp_path: Path):
             os.kill(pid, signal.SIGKILL)
             for reply in asked:
                 error = reply.exception(10)
-                assert isinstance(error, GONE) or (left and error is None), error
+                assert type(error) is (type(None) if left else ServerDiedError), error
             wait_until(lambda n=number: server.num_replicas == 1 - n, "the end of its keeper")
-            wait_until(lambda n=number: len(server.transport.replicas) == 1 - n, "its leave")
+            assert len(server.transport.replicas) == len(left)
             if left:
                 assert ask() == left
                 assert len(server.stats()) == 1

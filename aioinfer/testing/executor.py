@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from aioinfer.batch import Batch
+from aioinfer.executor import Call
 from aioinfer.testing.bell import PATIENCE_S, Bell
 
 
@@ -38,7 +39,7 @@ class PuppetExecutor:
     def __init__(self) -> None:
         self._run: Callable[[Batch], Any] | None = None
         self._finished: Callable[[Batch], None] | None = None
-        self._jobs: deque[Batch | _Call] = deque()
+        self._jobs: deque[Batch | Call] = deque()
         self._taken: list[Batch] = []
         self._free = False
         self._stopped: Future[None] = Future()
@@ -163,7 +164,7 @@ class PuppetExecutor:
 
     def call(self, function: Callable[[], Any]) -> Future[Any]:
         """Run a function after the batches that wait; at once if none does."""
-        job = _Call(function)
+        job = Call(function)
         with self._bell.lock:
             self._jobs.append(job)
         self._run_calls()
@@ -178,7 +179,7 @@ class PuppetExecutor:
         with self._bell.lock:
             self._stopping = True
             stopped = self._stopped
-            calls = [job for job in self._jobs if isinstance(job, _Call)]
+            calls = [job for job in self._jobs if isinstance(job, Call)]
             self._jobs = deque(job for job in self._jobs if isinstance(job, Batch))
         for call in calls:
             call.run()
@@ -195,28 +196,12 @@ class PuppetExecutor:
         while True:
             with self._bell.lock:
                 first = self._jobs[0] if self._jobs else None
-                if not isinstance(first, _Call):
+                if not isinstance(first, Call):
                     if first is None and self._stopping and not self._stopped.done():
                         self._stopped.set_result(None)
                     return
                 self._jobs.popleft()
             first.run()
-
-
-class _Call:
-    """A function to run between batches."""
-
-    def __init__(self, function: Callable[[], Any]) -> None:
-        self.future: Future[Any] = Future()
-        self._function = function
-
-    def run(self) -> None:
-        if not self.future.set_running_or_notify_cancel():
-            return
-        try:
-            self.future.set_result(self._function())
-        except BaseException as error:
-            self.future.set_exception(error)
 
 
 def _answer(batch: Batch, answers: Sequence[Any] | BaseException) -> None:

@@ -18,7 +18,7 @@ import aioinfer.arguments as arguments
 from aioinfer.balancing import Balancer
 from aioinfer.blocking import BackgroundLoop, OwnLoop
 from aioinfer.clock import Clock, MonotonicClock, RemoteTimer
-from aioinfer.errors import InferenceError, ServerClosedError, ServerDiedError
+from aioinfer.errors import InferenceError, ServerClosedError
 from aioinfer.forks import forgets
 from aioinfer.intake import Intake
 from aioinfer.request import GivenUp, Request, Source
@@ -361,9 +361,7 @@ class ReplicatedTransport(InferenceTransport):
         try:
             self._set_out(attempt, True)
         except InferenceError as refusal:
-            if isinstance(refusal, GONE) and not isinstance(refusal, ServerDiedError):
-                return error
-            return refusal
+            return error if isinstance(refusal, ServerClosedError) else refusal
         except Exception as refusal:
             return refusal
         return None

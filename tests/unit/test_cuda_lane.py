@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from fake_cuda import FakeCuda
 from helpers import action, row, within
 from tensordict import TensorDict, TensorDictBase
 
@@ -17,32 +16,12 @@ from aioinfer.devices import assembly
 from aioinfer.devices.staging import CudaLane
 
 
-class FakeCuda:
-    """As much of ``torch.cuda`` as queues anything; remembers what was asked of it."""
+class Queues(FakeCuda):
+    """And as much as queues work."""
 
     def __init__(self) -> None:
-        self.calls: list[str] = []
-        self._names = iter(["copies in", "forwards", "copies out"])
-        self.default = self._stream("default")
-        self.now = self.default
-
-    def _stream(self, name: str) -> Any:
-        cuda = self
-
-        class Stream:
-            def __str__(self) -> str:
-                return name
-
-            def wait_event(self, event: Any) -> None:
-                cuda.calls.append(f"{name} waits for {event.of}")
-
-            def wait_stream(self, other: Any) -> None:
-                cuda.calls.append(f"{name} waits for {other}")
-
-        return Stream()
-
-    def Stream(self, device: torch.device) -> Any:
-        return self._stream(next(self._names))
+        super().__init__("default", "copies in", "forwards", "copies out")
+        self.default = self.now
 
     def Event(self, *, blocking: bool) -> Any:
         cuda = self
@@ -65,25 +44,14 @@ class FakeCuda:
     def set_stream(self, stream: Any) -> None:
         self.now = stream
 
-    def current_stream(self, device: torch.device) -> Any:
-        return self.now
-
     def default_stream(self, device: torch.device) -> Any:
         return self.default
 
-    @contextlib.contextmanager
-    def stream(self, stream: Any) -> Iterator[None]:
-        before, self.now = self.now, stream
-        try:
-            yield
-        finally:
-            self.now = before
-
 
 @pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Queues:
     """Let servers on the CPU use the queues of a device that does nothing."""
-    fake = FakeCuda()
+    fake = Queues()
 
     def lane(place: torch.device) -> CudaLane:
         made = CudaLane(place, fake)
@@ -94,7 +62,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     return fake
 
 
-def policy(cuda: FakeCuda) -> Any:
+def policy(cuda: Queues) -> Any:
     def forward(td: TensorDictBase) -> TensorDictBase:
         cuda.calls.append(f"forward on {cuda.now}")
         return TensorDict({"action": td["observation"] * 2}, td.batch_size)
@@ -105,7 +73,7 @@ def policy(cuda: FakeCuda) -> Any:
 BEGIN = ["the device is cpu", "forwards waits for default"]
 
 
-async def test_a_batch(cuda: FakeCuda) -> None:
+async def test_a_batch(cuda: Queues) -> None:
     """The forward waits for its copy, the copy back for the forward, and a thread for that."""
     async with InferenceServer(policy(cuda), device="cpu", output_device="cpu") as server:
         client = server.async_client()
@@ -120,7 +88,7 @@ async def test_a_batch(cuda: FakeCuda) -> None:
     assert cuda.calls == [*BEGIN, *batch, *batch]
 
 
-async def test_replies_that_stay(cuda: FakeCuda) -> None:
+async def test_replies_that_stay(cuda: Queues) -> None:
     """They are given out when the forward is over."""
     async with InferenceServer(policy(cuda), device="cpu") as server:
         assert action(await within(server.async_client()(row(1)))) == 2
@@ -132,7 +100,7 @@ async def test_replies_that_stay(cuda: FakeCuda) -> None:
     ]
 
 
-async def test_what_is_not_queued(cuda: FakeCuda) -> None:
+async def test_what_is_not_queued(cuda: Queues) -> None:
     """It runs on the same stream."""
 
     async with InferenceServer(
@@ -143,7 +111,7 @@ async def test_what_is_not_queued(cuda: FakeCuda) -> None:
     assert cuda.calls == [*BEGIN, "forward on forwards"]
 
 
-async def test_every_start_has_a_thread_of_its_own(cuda: FakeCuda) -> None:
+async def test_every_start_has_a_thread_of_its_own(cuda: Queues) -> None:
     """Which is made the device's."""
     server = InferenceServer(policy(cuda), device="cpu", output_device="cpu")
     for _ in range(2):

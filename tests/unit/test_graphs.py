@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from fake_cuda import FakeCuda
 from helpers import action, row, sampling, within
 from tensordict import NonTensorData, TensorDict, TensorDictBase
 from tensordict.nn import InteractionType, TensorDictModule
@@ -247,26 +248,13 @@ class TestGraphs:
             assert torch.equal(found, plain(other.attach(zeros))["action"])
 
 
-class FakeCuda:
-    """As much of ``torch.cuda`` as captures; on which stream things are done is written down."""
+class Captures(FakeCuda):
+    """And as much as captures."""
 
     def __init__(self) -> None:
-        self.log: list[str] = []
-        self.now: Any = self.Stream("forwards")
+        super().__init__("forwards", "side")
         self.default_generators: list[Any] = []
         self.capturing = False
-
-    def Stream(self, name: str = "side") -> Any:
-        cuda = self
-
-        class Stream:
-            def __str__(self) -> str:
-                return name
-
-            def wait_stream(self, other: Any) -> None:
-                cuda.log.append(f"{name} waits for {other}")
-
-        return Stream()
 
     class CUDAGraph:
         was_reset = False
@@ -274,32 +262,21 @@ class FakeCuda:
         def replay(self) -> None: ...
 
         def reset(self) -> None:
-            FakeCuda.CUDAGraph.was_reset = True
+            Captures.CUDAGraph.was_reset = True
 
     def graph_pool_handle(self) -> tuple[int, int]:
-        self.log.append("a pool")
+        self.calls.append("a pool")
         return (0, 1)
 
     def device(self, device: torch.device) -> Any:
         return contextlib.nullcontext()
-
-    def current_stream(self) -> Any:
-        return self.now
-
-    @contextlib.contextmanager
-    def stream(self, stream: Any) -> Iterator[None]:
-        before, self.now = self.now, stream
-        try:
-            yield
-        finally:
-            self.now = before
 
     @contextlib.contextmanager
     def graph(self, graph: Any, *, pool: Any, stream: Any, capture_error_mode: str) -> Any:
         assert (pool, capture_error_mode) == ((0, 1), "thread_local")
         self.capturing = True
         self.now = stream
-        self.log.append("capture")
+        self.calls.append("capture")
         try:
             yield
         except RuntimeError:  # as torch does: the stream stays what it is
@@ -315,10 +292,10 @@ class TestCudaRecorder:
 
     def test_the_order(self) -> None:
         """Warmed up on a stream of its own, then captured there; one pool for all graphs."""
-        cuda = FakeCuda()
+        cuda = Captures()
         recorder = CudaRecorder(torch.device("cuda", 0), cuda)
         for _ in range(2):
-            recorder.record(lambda: cuda.log.append(f"forward on {cuda.now}"))
+            recorder.record(lambda: cuda.calls.append(f"forward on {cuda.now}"))
         one = [
             "side waits for forwards",
             *["forward on side"] * 3,
@@ -326,12 +303,12 @@ class TestCudaRecorder:
             "forward on side",
             "forwards waits for side",
         ]
-        assert cuda.log == ["a pool", *one, *one]
+        assert cuda.calls == ["a pool", *one, *one]
         assert str(cuda.now) == "forwards"
 
     def test_a_capture_that_fails(self, caplog: pytest.LogCaptureFixture) -> None:
         """What the policy did is the reason given, with its place; the thread has its stream."""
-        cuda = FakeCuda()
+        cuda = Captures()
 
         def reads(td: TensorDictBase) -> TensorDictBase:
             if cuda.capturing:
@@ -351,7 +328,7 @@ class TestCudaRecorder:
 
     def test_one_at_a_time(self) -> None:
         """Torch can capture one graph at a time in a process: a second replica waits."""
-        cuda = FakeCuda()
+        cuda = Captures()
         entered = threading.Event()
 
         def capture(run: Callable[[], Any]) -> None:

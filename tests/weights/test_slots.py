@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from fake_cuda import FakeCuda
 from helpers import InThread, outcomes, row, until, within
 from tensordict import TensorDictBase
 from torch import nn
@@ -212,34 +213,11 @@ class TestStaleness:
             InferenceServer(Uniform(), max_staleness=1.5)
 
 
-class FakeCuda:
-    """As much of ``torch.cuda`` as orders anything; remembers what was asked of it."""
+class Ordering(FakeCuda):
+    """And as much as orders what they do."""
 
     def __init__(self) -> None:
-        self.calls: list[str] = []
-        self.now = self.Stream("serving")
-
-    class _Named:
-        def __init__(self, cuda: FakeCuda, name: str) -> None:
-            self.cuda, self.name = cuda, name
-
-    def Stream(self, name: str = "side", device: Any = None) -> Any:
-        cuda = self
-
-        class Stream:
-            def __str__(self) -> str:
-                return name
-
-            def wait_event(self, event: Any) -> None:
-                cuda.calls.append(f"{name} waits for {event.of}")
-
-            def wait_stream(self, other: Any) -> None:
-                cuda.calls.append(f"{name} waits for {other}")
-
-            def synchronize(self) -> None:
-                cuda.calls.append(f"the thread waits for {name}")
-
-        return Stream()
+        super().__init__("serving", "side")
 
     def Event(self) -> Any:
         cuda = self
@@ -253,19 +231,10 @@ class FakeCuda:
 
         return Event()
 
-    def current_stream(self, device: Any) -> Any:
-        return self.now
-
-    @contextlib.contextmanager
-    def stream(self, stream: Any) -> Any:
-        before, self.now = self.now, stream
-        yield
-        self.now = before
-
 
 def test_the_order_on_a_device() -> None:
     """A copy waits for the slot's last forward, the next forward for the copy: on the device."""
-    cuda = FakeCuda()
+    cuda = Ordering()
     slots = Slots(Uniform(), 0, streams=CudaStreams(torch.device("cpu"), cuda))
     slots.publish(weights(1), 1)
     slots.give_back(slots.take())
@@ -296,11 +265,11 @@ def test_the_order_on_a_device() -> None:
 
 def test_who_uses_a_slot_on_a_device() -> None:
     """A copy waits for all of them: a replica on another thread may read it too."""
-    cuda = FakeCuda()
+    cuda = Ordering()
     slots = Slots(Uniform(), 0, streams=CudaStreams(torch.device("cpu"), cuda))
     slots.publish(weights(1), 1)
     slots.give_back(slots.take())
-    serving, cuda.now = cuda.now, cuda.Stream("follower")
+    serving, cuda.now = cuda.now, cuda.named("follower")
     slots.give_back(slots.take())
     cuda.now = serving
     slots.publish(weights(2), 2)
@@ -314,10 +283,10 @@ def test_who_uses_a_slot_on_a_device() -> None:
 
 def test_a_policy_on_a_device_is_there_before_it_is_used() -> None:
     """The first forward waits for what made the policy, on whatever stream that was."""
-    cuda = FakeCuda()
-    cuda.now = cuda.Stream("building")
+    cuda = Ordering()
+    cuda.now = cuda.named("building")
     slots = Slots(Uniform(), 0, streams=CudaStreams(torch.device("cpu"), cuda))
-    cuda.now = cuda.Stream("serving")
+    cuda.now = cuda.named("serving")
     cuda.calls.clear()
     slots.take()
     assert cuda.calls == ["serving waits for an event of building"]
@@ -326,11 +295,11 @@ def test_a_policy_on_a_device_is_there_before_it_is_used() -> None:
 @pytest.mark.parametrize("mode", ["by hand", "inplace"])
 def test_weights_that_the_forward_thread_writes_on_a_device(mode: str) -> None:
     """They are read once the caller has computed them, and before the caller goes on."""
-    cuda = FakeCuda()
-    caller = cuda.Stream("trainer")
+    cuda = Ordering()
+    caller = cuda.named("trainer")
 
     def between(function: Callable[[], Any]) -> Future[Any]:
-        cuda.now = cuda.Stream("serving")
+        cuda.now = cuda.named("serving")
         future: Future[Any] = Future()
         future.set_result(function())
         cuda.now = caller
