@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import time
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import torch
+from _counting import Ask, Window, count
 from monarch.actor import Actor, concurrent_endpoint
 from tensordict import TensorDict
 
 ECHO_NBYTES = 64
-Ask = Callable[[], Awaitable[Any]]
 
 
 class Echo(Actor):
@@ -32,27 +30,27 @@ class Load(Actor):
         self._client = client
 
     @concurrent_endpoint
-    async def ask_server(self, coroutines: int, begin: float, end: float) -> int:
+    async def ask_server(self, coroutines: int, window: Window) -> int:
         """Ask the policy."""
         observation = torch.arange(8.0)
 
         def start(number: int) -> Ask:
             return lambda: self._client(TensorDict({"observation": observation}))
 
-        return await _count([start(number) for number in range(coroutines)], begin, end)
+        return await count([start(number) for number in range(coroutines)], window)
 
     @concurrent_endpoint
-    async def ask_endpoint(self, echo: Any, coroutines: int, begin: float, end: float) -> int:
+    async def ask_endpoint(self, echo: Any, coroutines: int, window: Window) -> int:
         """Ask an endpoint of another actor, one call per request."""
         data = bytes(ECHO_NBYTES)
 
         async def ask() -> None:
             await echo.echo.call_one(data)
 
-        return await _count([ask] * coroutines, begin, end)
+        return await count([ask] * coroutines, window)
 
     @concurrent_endpoint
-    async def ask_stream(self, port: int, coroutines: int, begin: float, end: float) -> int:
+    async def ask_stream(self, port: int, coroutines: int, window: Window) -> int:
         """Ask a bare TCP server, over a connection per coroutine."""
         data = bytes(ECHO_NBYTES)
         streams = [await asyncio.open_connection("127.0.0.1", port) for _ in range(coroutines)]
@@ -65,13 +63,13 @@ class Load(Actor):
             return ask
 
         try:
-            return await _count([start(*stream) for stream in streams], begin, end)
+            return await count([start(*stream) for stream in streams], window)
         finally:
             for _, writer in streams:
                 writer.close()
 
     @concurrent_endpoint
-    async def ask_with_ids(self, port: int, coroutines: int, begin: float, end: float) -> int:
+    async def ask_with_ids(self, port: int, coroutines: int, window: Window) -> int:
         """Ask a bare TCP server over one connection, answers found by the number they bear."""
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         waiting: dict[bytes, asyncio.Future[None]] = {}
@@ -92,20 +90,7 @@ class Load(Actor):
 
         listening = asyncio.create_task(listen())
         try:
-            return await _count([ask] * coroutines, begin, end)
+            return await count([ask] * coroutines, window)
         finally:
             listening.cancel()
             writer.close()
-
-
-async def _count(asks: list[Ask], begin: float, end: float) -> int:
-    """How many answers came between two moments, of a clock that all processes share."""
-
-    async def one(ask: Ask) -> int:
-        answers = 0
-        while (now := time.monotonic()) < end:
-            await ask()
-            answers += now >= begin
-        return answers
-
-    return sum(await asyncio.gather(*map(one, asks)))

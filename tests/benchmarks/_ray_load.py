@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import torch
+from _counting import Ask, Window, count
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import nn
@@ -38,7 +39,7 @@ def request() -> TensorDict:
 
 
 class Actor:
-    """Asks for as long as it is told, in several coroutines at once; says how often a second."""
+    """Asks for as long as it is told, in several coroutines at once; says how often."""
 
     def __init__(self) -> None:
         torch.set_num_threads(1)
@@ -47,68 +48,53 @@ class Actor:
         self.client: Any = transport.client()
         await self.client(request())
 
-    async def ask(self, coroutines: int, seconds: float) -> float:
-        return await _closed_loops(coroutines, seconds, lambda: self.client(request()))
+    async def ask(self, coroutines: int, window: Window) -> int:
+        return await count([lambda: self.client(request())] * coroutines, window)
 
-    async def ask_bare(self, server: Any, coroutines: int, seconds: float) -> float:
+    async def ask_bare(self, server: Any, coroutines: int, window: Window) -> int:
         """A remote call for each request, and nothing else."""
 
         async def ask() -> None:
             await server.echo.remote(bytes(64))
 
-        return await _closed_loops(coroutines, seconds, ask)
+        return await count([ask] * coroutines, window)
 
     async def ask_echo(
-        self, address: tuple[str, int], coroutines: int, seconds: float, plain: bool
-    ) -> float:
+        self, address: tuple[str, int], coroutines: int, window: Window, plain: bool
+    ) -> int:
         """A connection for each coroutine, on this loop or, ``plain``, on one of asyncio's own."""
         if plain:
-            return await asyncio.to_thread(_on_plain_loop, _echoes(address, coroutines, seconds))
-        return await _echoes(address, coroutines, seconds)
+            return await asyncio.to_thread(_on_plain_loop, _echoes(address, coroutines, window))
+        return await _echoes(address, coroutines, window)
 
     async def use_theirs(self, client: Any) -> None:
         """Ask TorchRL's server once, whose start takes long."""
         self.theirs = client
         await asyncio.to_thread(client, request())
 
-    async def ask_theirs(self, seconds: float) -> float:
-        def ask() -> float:
-            done, end = 0, time.perf_counter() + seconds
-            while time.perf_counter() < end:
-                self.theirs(request())
-                done += 1
-            return done / seconds
+    async def ask_theirs(self, window: Window) -> int:
+        async def ask() -> None:
+            self.theirs(request())
 
-        return await asyncio.to_thread(ask)
+        # It blocks, so it is the only one here, on a thread and a loop of its own.
+        return await asyncio.to_thread(_on_plain_loop, count([ask], window))
 
 
-async def _closed_loops(coroutines: int, seconds: float, ask: Any) -> float:
-    done, end = 0, time.perf_counter() + seconds
+async def _echoes(address: tuple[str, int], coroutines: int, window: Window) -> int:
+    streams = [await asyncio.open_connection(*address) for _ in range(coroutines)]
 
-    async def act() -> None:
-        nonlocal done
-        while time.perf_counter() < end:
-            await ask()
-            done += 1
-
-    await asyncio.gather(*[act() for _ in range(coroutines)])
-    return done / seconds
-
-
-async def _echoes(address: tuple[str, int], coroutines: int, seconds: float) -> float:
-    done, end = 0, time.perf_counter() + seconds
-
-    async def act() -> None:
-        nonlocal done
-        reader, writer = await asyncio.open_connection(*address)
-        while time.perf_counter() < end:
+    def start(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Ask:
+        async def ask() -> None:
             writer.write(bytes(64))
             await reader.readexactly(64)
-            done += 1
-        writer.close()
 
-    await asyncio.gather(*[act() for _ in range(coroutines)])
-    return done / seconds
+        return ask
+
+    try:
+        return await count([start(*stream) for stream in streams], window)
+    finally:
+        for _, writer in streams:
+            writer.close()
 
 
 def _on_plain_loop(coroutine: Any) -> Any:

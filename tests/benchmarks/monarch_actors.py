@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _counting import Window
 from in_process import (
     OtherProcesses,
     Target,
@@ -88,12 +89,11 @@ async def measure(rounds: int, seconds: float) -> Rounds:
     results: Rounds = {name: [] for name in contenders}
     with aioinfer.InferenceServer(policy, list(transports.values())):
         for name in contenders:  # processes that start, and import torch, are not measured
-            await contenders[name](COROUTINES, time.monotonic(), time.monotonic() + WARM_UP_S)
+            await contenders[name](COROUTINES, Window.soon(0.0, WARM_UP_S))
         for turn in range(rounds):
             order = list(contenders)[turn % len(contenders) :]
             for name in [*order, *(n for n in contenders if n not in order)]:
-                begin = time.monotonic() + WARM_UP_S
-                answers = await contenders[name](COROUTINES, begin, begin + seconds)
+                answers = await contenders[name](COROUTINES, Window.soon(WARM_UP_S, seconds))
                 results[name].append(sum(answers.values()) / seconds)
     server.close()
     await procs.stop()

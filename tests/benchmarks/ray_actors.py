@@ -3,7 +3,8 @@
 As in ``in_process.py``, whose pieces this script uses: everybody is measured in one run and in
 turns, and what counts is the median of the rounds, because only ratios within one run mean
 anything. There are actors in processes of their own that ask without a pause, 8 of them one
-request at a time or 4 of them with 8 coroutines each. Contenders:
+request at a time or 4 of them with 8 coroutines each; what they ask between two moments, the same
+for all, counts. Contenders:
 
 -   ``RayTransport`` over direct connections, with the server in an actor, and an MLP (8-64-4);
 -   the same, in calls, which an actor between client and server passes on;
@@ -24,6 +25,7 @@ what the simulator foretells of both.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import statistics
@@ -36,6 +38,7 @@ from typing import Any
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import torch
+from _counting import Window
 from in_process import (
     OtherProcesses,
     Target,
@@ -53,6 +56,7 @@ from aioinfer.simulation import Clients, Constant, LinearCost, simulate
 ROOT = Path(__file__).resolve().parents[2]
 ACTORS, COROUTINES = 4, 8
 BUSY, BATCH = 16, 8
+WARM_UP_S = 0.3
 ONE, MANY = "8 actors x 1", "4 actors x 8"
 DIRECT, CALLS = "aioinfer, direct connections", "aioinfer, calls"
 OWN_DIRECT, OWN = "RayInferenceServer, direct", "RayInferenceServer, calls"
@@ -80,9 +84,12 @@ def start_ray() -> Any:
     return ray
 
 
-def total(ray: Any, calls: Sequence[Any]) -> float:
-    """What all of them made together."""
-    return float(sum(ray.get(list(calls))))
+def rate_of(
+    ray: Any, seconds: float, actors: Sequence[Any], ask: Callable[[Any, Window], Any]
+) -> float:
+    """Requests per second of all actors together; ``ask`` tells one of them to make some."""
+    window = Window.soon(WARM_UP_S, seconds)
+    return float(sum(ray.get([ask(actor, window) for actor in actors])) / seconds)
 
 
 def in_turns(contenders: dict[str, Callable[[], float]], rounds: int) -> Rounds:
@@ -99,6 +106,7 @@ def links(ray: Any, actors: list[Any], rounds: int, seconds: float) -> Rounds:
     """Measure the links, and what there is to compare them with."""
     from _ray_load import Echo, Server, make_policy
 
+    rate = functools.partial(rate_of, ray, seconds)
     light = ray.remote(num_cpus=0)
     echo, server = light(Echo).remote(), light(Server).remote()
     addresses = {TCP: ray.get(echo.listen.remote()), PLAIN: ray.get(echo.listen_plain.remote())}
@@ -120,15 +128,14 @@ def links(ray: Any, actors: list[Any], rounds: int, seconds: float) -> Rounds:
 
         def ask(name: str, some: list[Any] = some, coroutines: int = coroutines) -> float:
             ray.get([each.use.remote(transports[name]) for each in some])
-            return total(ray, [each.ask.remote(coroutines, seconds) for each in some])
+            return rate(some, lambda e, w: e.ask.remote(coroutines, w))
 
         def ask_tcp(name: str, some: list[Any] = some, coroutines: int = coroutines) -> float:
             plain, address = name == PLAIN, addresses[name]
-            calls = [e.ask_echo.remote(address, coroutines, seconds, plain) for e in some]
-            return total(ray, calls)
+            return rate(some, lambda e, w: e.ask_echo.remote(address, coroutines, w, plain))
 
         def ask_bare(some: list[Any] = some, coroutines: int = coroutines) -> float:
-            return total(ray, [e.ask_bare.remote(echo, coroutines, seconds) for e in some])
+            return rate(some, lambda e, w: e.ask_bare.remote(echo, coroutines, w))
 
         contenders[f"{DIRECT}, {size}"] = lambda ask=ask: ask(DIRECT)
         contenders[f"{CALLS}, {size}"] = lambda ask=ask: ask(CALLS)
@@ -153,8 +160,11 @@ def torchrl(ray: Any, actors: list[Any], rounds: int, seconds: float) -> Rounds:
     clients = [transport.client() for _ in actors]
     with InferenceServer(make_policy(), transport, max_batch_size=64):
         ray.get([a.use_theirs.remote(c) for a, c in zip(actors, clients, strict=True)])
-        name, ask = f"{TORCHRL}, {ONE}", lambda: [a.ask_theirs.remote(seconds) for a in actors]
-        return in_turns({name: lambda: total(ray, ask())}, rounds)
+
+        def ask() -> float:
+            return rate_of(ray, seconds, actors, lambda e, w: e.ask_theirs.remote(w))
+
+        return in_turns({f"{TORCHRL}, {ONE}": ask}, rounds)
 
 
 def replicas(
@@ -163,6 +173,7 @@ def replicas(
     """Measure one replica and two; return also what a forward and the way cost, in seconds."""
     from _ray_load import Sleeping
 
+    rate = functools.partial(rate_of, ray, seconds)
     servers = {
         count: aioinfer.RayInferenceServer(
             Sleeping, count, ray_options={"num_cpus": 0}, max_batch_size=BATCH
@@ -172,11 +183,11 @@ def replicas(
     some = actors[:ACTORS]
     with servers[1], servers[2]:
         ray.get(some[0].use.remote(servers[1].transport))
-        lone_s = 1 / ray.get(some[0].ask.remote(1, seconds))
+        lone_s = 1 / rate(some[:1], lambda e, w: e.ask.remote(1, w))
 
         def ask(count: int) -> float:
             ray.get([each.use.remote(servers[count].transport) for each in some])
-            return total(ray, [each.ask.remote(BUSY, seconds) for each in some])
+            return rate(some, lambda e, w: e.ask.remote(BUSY, w))
 
         for count in servers:
             ask(count)  # what a replica has room for is learnt
