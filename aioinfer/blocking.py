@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import threading
 import weakref
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -47,6 +47,10 @@ class BackgroundLoop:
     def call(self, function: Callable[..., Awaitable[T]], *args: Any) -> T:
         """Run a coroutine function on the loop and wait for its result."""
         return self._portal.call(function, *args)
+
+    def begin(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        """Run a coroutine on the loop without waiting for anything; the loop may be stuck."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
 
     def close(self) -> None:
         """End the loop and the thread, cancelling what still runs on it."""

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Self
 import anyio
 import torch
 
-from aioinfer.near import NearExecutor
 from aioinfer.server import InferenceServer
 from aioinfer.stats import ServerStats
 from aioinfer.transports.base import InferenceTransport
@@ -117,14 +116,6 @@ def check(policy_factory: Any, options: Mapping[str, Any]) -> None:
 
 
 # -- where the server is ------------------------------------------------------
-
-
-def near_executor(options: Mapping[str, Any]) -> NearExecutor | None:
-    """For a process whose loop nobody else needs; but a device has one thread that uses it."""
-    if options.get("devices") is not None:
-        return None
-    device = options.get("device")
-    return NearExecutor() if device is None or torch.device(device).type == "cpu" else None
 
 
 async def respond(server: InferenceServer, what: str, args: tuple[Any, ...]) -> Answer:

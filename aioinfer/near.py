@@ -1,4 +1,4 @@
-"""An executor for a server that has a process, and so its event loop, to itself.
+"""An executor for a server that has its event loop to itself.
 
 Handing a batch to another thread and its answers back costs two wake-ups, and more where all
 cores are busy: the threads take turns at the interpreter while the callers' processes take turns
@@ -26,18 +26,27 @@ _clock = MonotonicClock()
 NEAR_S = 0.0005
 """Seconds that a batch may take, from its requests to its answers, to be run on the loop."""
 
+TRIED = 16
+"""Batches that are run on the thread first, by which their cost is known."""
+
 
 class NearExecutor(ThreadExecutor):
     """Runs batches on the loop's thread while they are cheap, else on a thread of its own.
 
     Never two at once, nor one beside what :meth:`call` runs.
+
+    Attributes:
+        allowed: whether the loop serves nobody else; to be set before the start. Where it
+            serves others, all batches run on the thread.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self.allowed = False
         self._turn = threading.RLock()  # held by whoever uses the model
         self._near: threading.Thread | None = None
         self._cost_s = math.inf
+        self._learnt = 0
 
     def start(self, run: Run, finished: Report, free: Report | None = None) -> None:
         def run_in_turn(batch: Batch) -> None:
@@ -48,15 +57,19 @@ class NearExecutor(ThreadExecutor):
                     rest()
                 self._learn(_clock() - started)
 
-        torch.set_num_threads(
-            torch.get_num_threads()
-        )  # OpenMP keeps it per thread; this is the loop's
+        self._cost_s, self._learnt = math.inf, 0
+        if not self.allowed:
+            super().start(run, finished, free)
+            return
+        # OpenMP keeps it per thread, and this is the loop's.
+        torch.set_num_threads(torch.get_num_threads())
         self._run, self._finished = run_in_turn, finished
         super().start(run_in_turn, finished)
 
     def submit(self, batch: Batch) -> None:
-        idle = self._cost_s < NEAR_S and self._jobs.empty()
-        if not (idle and self._turn.acquire(blocking=False)):
+        # Unless it is allowed, nothing is learnt.
+        cheap = self._learnt >= TRIED and self._cost_s < NEAR_S
+        if not (cheap and self._jobs.empty() and self._turn.acquire(blocking=False)):
             super().submit(batch)
             return
         try:
@@ -81,3 +94,4 @@ class NearExecutor(ThreadExecutor):
         # Slow ones count by and by, for one may have had to wait for a core; a fast one shows
         # what is possible.
         self._cost_s = seconds if seconds < self._cost_s else 0.75 * self._cost_s + 0.25 * seconds
+        self._learnt += 1

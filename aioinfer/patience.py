@@ -34,6 +34,10 @@ interpreter do not: they compete with the forward, and one that starts while the
 way delays them all. Where there are such callers the batch waits for everybody who is expected,
 for ``COLD_TIMEOUT_S`` at most, and then stops expecting those who did not come.
 
+Nor is any of this asked of forwards of less than ``SHORT_S``. Judging takes a tenth of that, being
+woken for the rest takes as much again, and a timer does not ring that soon: so what is here leaves,
+and what comes meanwhile is the next batch.
+
 And where nobody is to be waited for, the reverse question: one batch of the P rows, or G batches
 one after the other? If everybody came in batches of that size, the cycle would be Z + cost(P/G)
 if thinking is the bottleneck, and (N/P)*G*cost(P/G) if the executor is, N being all the rows,
@@ -60,6 +64,9 @@ from aioinfer.request import Source
 
 COLD_TIMEOUT_S = 0.002
 """How long a batch is held for callers of whom nothing is known yet, or who compete."""
+
+SHORT_S = 0.0001
+"""Forwards up to here are over before it would be known whether waiting was right."""
 
 _COHORTS = 4  # batches whose callers are expected back; who is out for longer is not waited for
 _MOST = 0.7  # share of those expected that makes waiting a matter of the far view
@@ -247,11 +254,13 @@ class Patience:
         if cost is None:
             return None
         a = cost.fixed
+        horizon = a + cost.per_row * rows
+        if horizon < SHORT_S:
+            return None
         near_a = a - cost.per_row * rows
         far = self._far_sighted and self._utilisation > _BUSY
         if near_a <= 0.0 and not far:
             return None
-        horizon = a + cost.per_row * rows
         room *= requests / rows
         think = self.think.sorted
         known = len(think)
@@ -328,6 +337,8 @@ class Patience:
         if self._utilisation > (_FULL if out else _SATURATED):
             return 1
         think, forward = self.think.median, cost.of(rows)
+        if out and forward < SHORT_S:
+            return 1
         share = (rows + out) / rows
         cycle = _WORTH_IT * max(think + forward, share * forward)
         if think < cost.fixed or think + cost.fixed > cycle:

@@ -29,7 +29,6 @@ from aioinfer.hosted import (
     HostedServer,
     check,
     described,
-    near_executor,
     rebuilt,
     respond,
 )
@@ -337,7 +336,6 @@ def _serve(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole terminal
     threading.Thread(target=_outlive_nobody_for_long, args=(parent,), daemon=True).start()
     try:
-        options = {"executor": near_executor(options), **options}
         server = InferenceServer(factory(), transport, **options)
         gc.collect()
         gc.freeze()  # modules and policy stay; looking through them would hold up a batch
@@ -353,7 +351,7 @@ def _serve(
 
 async def _run(server: InferenceServer, control: Connection, parent: int) -> None:
     try:
-        await server.__aenter__()
+        await server.astart(own_loop=True)
     except Exception as error:
         _send(control, (_READY, False, described(error)))
         return

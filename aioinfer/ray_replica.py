@@ -7,7 +7,6 @@ import gc
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from aioinfer.hosted import near_executor
 from aioinfer.replica import Replica
 from aioinfer.transports.ray import MAX_CONCURRENCY
 from aioinfer.transports.ray_line import pack_answer, unpack_call
@@ -23,6 +22,8 @@ _NOT_FOR_REPLICAS = {
 class RayReplica(Replica):
     """Runs a server on the loop of its actor, which nobody else needs."""
 
+    _own_loop = True
+
     async def _serve(
         self,
         factory: Any,
@@ -31,7 +32,6 @@ class RayReplica(Replica):
         weights: Any = None,
     ) -> None:
         self._transport: ReplicaTransport = transport
-        options = {"executor": near_executor(options), **options}
         await super()._serve(factory, transport, options, weights)
         gc.collect()
         gc.freeze()  # modules and policy stay; looking through them would hold up a batch

@@ -17,6 +17,9 @@ from aioinfer.transports.base import InferenceTransport
 class Replica:
     """Runs a server on the running event loop, and does what is asked of it."""
 
+    _own_loop = False
+    """Whether nobody else needs the loop of the actor."""
+
     def __init__(self) -> None:
         self._server: InferenceServer | None = None
 
@@ -51,5 +54,5 @@ class Replica:
         if weights is not None:
             policy.load_state_dict(weights)
         server = InferenceServer(policy, transport, **options)
-        await server.__aenter__()
+        await server.astart(own_loop=self._own_loop)
         self._server = server

@@ -23,6 +23,7 @@ from aioinfer.collation import CollateFn
 from aioinfer.devices.assembly import assemble, example_request, forward_sizes
 from aioinfer.errors import InvalidRequestError
 from aioinfer.executor import Executor
+from aioinfer.near import NearExecutor
 from aioinfer.sampling import sampling_modules
 from aioinfer.serving import Serving
 from aioinfer.signature import Signature
@@ -33,6 +34,9 @@ from aioinfer.weights.receiving import Freshness, ServedWeights, StalenessPolicy
 from aioinfer.weights.slots import Policy
 
 T = TypeVar("T")
+
+_STUCK_S = 0.5
+"""Seconds beyond its timeout that a shutdown waits for a sign of the loop."""
 
 
 class InferenceServer:
@@ -59,8 +63,9 @@ class InferenceServer:
     Args:
         model: maps a TensorDict of ``[B]`` rows to one of ``[B]`` rows. An ``nn.Module``,
             ``TensorDictModule`` or any callable. It runs under :func:`torch.no_grad`, on one
-            thread of its own. If it has ``in_keys``, requests without them are refused; if it
-            has ``out_keys``, those are what a reply holds.
+            thread of its own; see :meth:`astart` for an exception. If it has ``in_keys``,
+            requests without them are refused; if it has ``out_keys``, those are what a reply
+            holds.
         transport: the link to the actors, or several; ``None`` serves coroutines of any event
             loop and threads of this process.
         max_batch_size: rows in a forward at most.
@@ -310,8 +315,7 @@ class InferenceServer:
     # -- life in asyncio ----------------------------------------------------
 
     async def __aenter__(self) -> Self:
-        await self._open()
-        return self
+        return await self.astart()
 
     async def __aexit__(
         self,
@@ -320,6 +324,26 @@ class InferenceServer:
         traceback: TracebackType | None,
     ) -> None:
         await self.aclose()
+
+    async def astart(self, *, own_loop: bool = False) -> Self:
+        """Start the server on the running event loop; ``async with`` does the same.
+
+        Args:
+            own_loop: whether nobody else needs this loop, so that it may be blocked for as long as
+                a forward takes. The shortest ones, up to half a millisecond, then run on it
+                instead of on a thread of their own, if all transports serve other processes. That
+                saves two changes of thread per batch.
+
+        Returns:
+            The server itself.
+
+        Raises:
+            RuntimeError: it is already running, or one of its transports serves another server.
+            Exception: what the policy raised while it was warmed up, or a weight-sync scheme while
+                it was attached.
+        """
+        await self._open(own_loop)
+        return self
 
     async def aclose(self, *, drain: bool = True) -> None:
         """Close the server; harmless if it is closed.
@@ -338,12 +362,15 @@ class InferenceServer:
             return
         await self._close(None, drain)
 
-    async def _open(self) -> None:
+    async def _open(self, own_loop: bool) -> None:
         if self.is_alive:
             raise RuntimeError("this server is already running; close it before starting it again")
         if self._serving is not None and self._serving.loop.is_closed():
             self._serving.abandon()  # its loop was closed before it could end
         self._recorder = StatsRecorder(self._clock())
+        independent = not any(transport.in_process for transport in self._transports)
+        if isinstance(self._executor, NearExecutor):
+            self._executor.allowed = own_loop and independent
         batcher = Batcher(
             max_batch_size=self._max_batch_size,
             min_batch_size=self._min_batch_size,
@@ -351,7 +378,7 @@ class InferenceServer:
             max_queue_size=self._max_queue_size,
             batch_sizes=self._sizes,
             far_sighted=self._far_sighted,
-            independent=not any(transport.in_process for transport in self._transports),
+            independent=independent,
             executors=len(self._replicas),
         )
         serving = Serving(
@@ -419,7 +446,7 @@ class InferenceServer:
                 self.shutdown()
             background = BackgroundLoop()
             try:
-                background.call(self._open)
+                background.call(self._open, True)
             except BaseException:
                 background.close()
                 raise
@@ -453,15 +480,26 @@ class InferenceServer:
             background, self._background = self._background, None
             if background is not None:
                 atexit.unregister(self._at_exit)
-                try:
-                    if self.is_alive:
-                        background.call(self._close, timeout, drain)
-                finally:
-                    background.close()
+                self._end(background, timeout, drain)
                 return
         serving = self._serving
         if serving is not None and self.is_alive:
             asyncio.run_coroutine_threadsafe(self._close(timeout, drain), serving.loop).result()
+
+    def _end(self, background: BackgroundLoop, timeout: float | None, drain: bool) -> None:
+        closing = background.begin(self._close(timeout, drain)) if self.is_alive else None
+        try:
+            if closing is not None:
+                closing.result(None if timeout is None else timeout + _STUCK_S)
+        except TimeoutError:  # a forward that does not end, on the loop itself
+            assert self._serving is not None
+            self._serving.give_up()
+            background.close_soon()
+        except BaseException:
+            background.close()
+            raise
+        else:
+            background.close()
 
     # -- inside -------------------------------------------------------------
 

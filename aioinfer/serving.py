@@ -151,6 +151,10 @@ class Serving:
         """The loop was closed under the server: nothing can be awaited any more."""
         self._finish(loop_closed, stop=True)
 
+    def give_up(self) -> None:
+        """The loop is stuck in a forward, and cannot end anything; any thread may call this."""
+        self._finish(_closed, stop=True)
+
     @property
     def queue_depth(self) -> int:
         """Rows waiting."""

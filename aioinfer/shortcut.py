@@ -64,7 +64,10 @@ class _Shortcut:
         model = self._model
         if model._forward_hooks or model._forward_pre_hooks or model._compiled_call_impl:
             return model(batch)
-        run = model.module if self._wrapped is None else self._wrapped
+        run = self._wrapped
+        if run is None:  # from the dictionary itself, where it is: both classes look up in Python
+            run = model._modules.get("module")
+            run = model.module if run is None else run
         given = entries(batch) if type(batch) is TensorDict else batch
         found = run(*[given[key] for key in self._in_keys])
         outputs = found if type(found) is tuple else (found,)

@@ -18,6 +18,7 @@ from aioinfer.devices.replicas import Replicas, replicate
 from aioinfer.devices.staging import IN_FLIGHT, CudaLane, Lane, StagedForward, pinned
 from aioinfer.executor import Executor, ThreadExecutor
 from aioinfer.forward import ForwardPass
+from aioinfer.near import NearExecutor
 from aioinfer.request import Request, Source
 from aioinfer.seeding import Seeded
 from aioinfer.shortcut import shortcut
@@ -100,7 +101,7 @@ def assemble(
         # Where replies go to yet another device, that is one step more than is staged.
         staged = lane is not None and collation["collate_fn"] is None
         staged = staged and target in (None, _CPU, place)
-        executors.append(executor or ThreadExecutor(IN_FLIGHT if staged else 1))
+        executors.append(executor or _executor(place, staged, alone=len(places) == 1))
         on_cuda = place is not None and place.type == "cuda"
         recorder = CudaRecorder(place) if cuda_graphs and place is not None else None
         slots.append(
@@ -147,6 +148,13 @@ def _queued_forward(
         place,
         brings_back=brings_back,
     )
+
+
+def _executor(place: torch.device | None, staged: bool, *, alone: bool) -> Executor:
+    # A loop that computes keeps other replicas waiting, and a device has one thread that uses it.
+    if alone and place in (None, _CPU):
+        return NearExecutor()
+    return ThreadExecutor(IN_FLIGHT if staged else 1)
 
 
 def _lane(place: torch.device | None) -> Lane | None:

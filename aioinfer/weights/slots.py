@@ -125,7 +125,8 @@ class Slots:
         """The sender that the current weights are from; a later one has a larger number."""
         self._spare: Slot | None = None
         self._updating = threading.RLock()
-        self._using = threading.Condition(threading.Lock())
+        self._using = threading.Lock()
+        self._unused = threading.Condition(self._using)
         self._planned: tuple[Manifest, Manifest, bool, bool, Plan] | None = None
 
     # -- for batches --------------------------------------------------------
@@ -144,7 +145,7 @@ class Slots:
         with self._using:
             slot.users -= 1
             if not slot.users and slot is not self.current:  # else nobody waits for it
-                self._using.notify_all()
+                self._unused.notify_all()
 
     def rehearse(self, run: Callable[[Policy], None]) -> None:
         """Do with every copy of the policy what batches will do; before there are any."""
@@ -300,7 +301,7 @@ class Slots:
 
     def _wait_until_free(self, slot: Slot, timeout: float | None) -> None:
         with self._using:
-            if not self._using.wait_for(lambda: not slot.users, timeout):
+            if not self._unused.wait_for(lambda: not slot.users, timeout):
                 raise TimeoutError(f"a batch has used the spare slot for {timeout} s")
 
     def _make_spare(self) -> None:

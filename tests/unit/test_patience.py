@@ -185,3 +185,19 @@ def test_a_cost_without_recent_forwards_is_not_relied_on():
     ended = patience._ended_at
     assert patience.least_cost(KIND, ended + 0.5) > 0.0
     assert patience.least_cost(KIND, ended + 1.5) == 0.0
+
+
+def test_short_forwards_wait_for_nobody():
+    """What is judged right at 5 ms is over at 50 us before anybody could be woken for it."""
+    for scale, waits in ((1.0, True), (0.01, False)):
+        patience = experienced(0.010 * scale, fixed=0.005 * scale, per_row=0.0)
+        answered(patience, 30, at=0.0)
+        verdict = patience.wait(KIND, 1, 1, 63, now=0.0095 * scale)
+        assert (verdict is not None) == waits
+
+
+def test_short_forwards_are_divided_only_where_everybody_is_in():
+    """While others are out they make the next batch; only if nobody is, taking turns must begin."""
+    for scale, out, divided in ((1.0, 16, True), (0.01, 16, False), (0.01, 0, True)):
+        patience = experienced(0.005 * scale, fixed=0.0001 * scale, per_row=0.00012 * scale)
+        assert (patience.groups(KIND, 16, out=out) > 1) == divided
