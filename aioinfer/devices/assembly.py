@@ -101,7 +101,10 @@ def assemble(
         # Where replies go to yet another device, that is one step more than is staged.
         staged = lane is not None and collation["collate_fn"] is None
         staged = staged and target in (None, _CPU, place)
-        executors.append(executor or _executor(place, staged, alone=len(places) == 1))
+        near = lane is None and place in (None, _CPU) and len(places) == 1
+        # A loop that computes keeps other replicas waiting, and a device has a thread that uses it.
+        run_by = NearExecutor() if near else ThreadExecutor(IN_FLIGHT if staged else 1)
+        executors.append(executor or run_by)
         on_cuda = place is not None and place.type == "cuda"
         recorder = CudaRecorder(place) if cuda_graphs and place is not None else None
         slots.append(
@@ -148,13 +151,6 @@ def _queued_forward(
         place,
         brings_back=brings_back,
     )
-
-
-def _executor(place: torch.device | None, staged: bool, *, alone: bool) -> Executor:
-    # A loop that computes keeps other replicas waiting, and a device has one thread that uses it.
-    if alone and place in (None, _CPU):
-        return NearExecutor()
-    return ThreadExecutor(IN_FLIGHT if staged else 1)
 
 
 def _lane(place: torch.device | None) -> Lane | None:
