@@ -85,15 +85,14 @@ class Pump:
                 task.cancel()
 
     def _take(self, calls: list[Numbered]) -> None:
-        assert self._hub is not None
         for number, call in calls:
-            answer = self._answer(number, self._hub.exchange(*unpack_call(call)))
-            task = self._loop.create_task(answer, name="aioinfer answers")
+            task = self._loop.create_task(self._answer(number, call), name="aioinfer answers")
             self._answering.add(task)
             task.add_done_callback(self._answering.discard)
 
-    async def _answer(self, number: int, answer: Any) -> None:
-        said = pack_answer(*await answer)
+    async def _answer(self, number: int, call: bytes) -> None:
+        assert self._hub is not None
+        said = pack_answer(*await self._hub.exchange(*unpack_call(call)))
         if self._line is not None:
             self._line.send(number, said)
             return
