@@ -7,6 +7,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NamedTuple
 
+ECHO_NBYTES = 64
 Ask = Callable[[], Awaitable[Any]]
 
 
@@ -40,3 +41,22 @@ async def count(asks: Sequence[Ask], window: Window) -> int:
         return made
 
     return sum(await asyncio.gather(*map(one, asks)))
+
+
+async def count_echoes(address: tuple[str, int], coroutines: int, window: Window) -> int:
+    """:func:`count` of a bare TCP echo, over a connection per coroutine."""
+    data = bytes(ECHO_NBYTES)
+    streams = [await asyncio.open_connection(*address) for _ in range(coroutines)]
+
+    def start(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Ask:
+        async def ask() -> None:
+            writer.write(data)
+            await reader.readexactly(ECHO_NBYTES)
+
+        return ask
+
+    try:
+        return await count([start(*stream) for stream in streams], window)
+    finally:
+        for _, writer in streams:
+            writer.close()

@@ -7,11 +7,9 @@ import itertools
 from typing import Any
 
 import torch
-from _counting import Ask, Window, count
+from _counting import ECHO_NBYTES, Ask, Window, count, count_echoes
 from monarch.actor import Actor, concurrent_endpoint
 from tensordict import TensorDict
-
-ECHO_NBYTES = 64
 
 
 class Echo(Actor):
@@ -52,21 +50,7 @@ class Load(Actor):
     @concurrent_endpoint
     async def ask_stream(self, port: int, coroutines: int, window: Window) -> int:
         """Ask a bare TCP server, over a connection per coroutine."""
-        data = bytes(ECHO_NBYTES)
-        streams = [await asyncio.open_connection("127.0.0.1", port) for _ in range(coroutines)]
-
-        def start(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Ask:
-            async def ask() -> None:
-                writer.write(data)
-                await reader.readexactly(ECHO_NBYTES)
-
-            return ask
-
-        try:
-            return await count([start(*stream) for stream in streams], window)
-        finally:
-            for _, writer in streams:
-                writer.close()
+        return await count_echoes(("127.0.0.1", port), coroutines, window)
 
     @concurrent_endpoint
     async def ask_with_ids(self, port: int, coroutines: int, window: Window) -> int:

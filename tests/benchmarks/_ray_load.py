@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import torch
-from _counting import Ask, Window, count
+from _counting import ECHO_NBYTES, Window, count, count_echoes
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import nn
@@ -55,7 +55,7 @@ class Actor:
         """A remote call for each request, and nothing else."""
 
         async def ask() -> None:
-            await server.echo.remote(bytes(64))
+            await server.echo.remote(bytes(ECHO_NBYTES))
 
         return await count([ask] * coroutines, window)
 
@@ -64,8 +64,10 @@ class Actor:
     ) -> int:
         """A connection for each coroutine, on this loop or, ``plain``, on one of asyncio's own."""
         if plain:
-            return await asyncio.to_thread(_on_plain_loop, _echoes(address, coroutines, window))
-        return await _echoes(address, coroutines, window)
+            return await asyncio.to_thread(
+                _on_plain_loop, count_echoes(address, coroutines, window)
+            )
+        return await count_echoes(address, coroutines, window)
 
     async def use_theirs(self, client: Any) -> None:
         """Ask TorchRL's server once, whose start takes long."""
@@ -78,23 +80,6 @@ class Actor:
 
         # It blocks, so it is the only one here, on a thread and a loop of its own.
         return await asyncio.to_thread(_on_plain_loop, count([ask], window))
-
-
-async def _echoes(address: tuple[str, int], coroutines: int, window: Window) -> int:
-    streams = [await asyncio.open_connection(*address) for _ in range(coroutines)]
-
-    def start(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Ask:
-        async def ask() -> None:
-            writer.write(bytes(64))
-            await reader.readexactly(64)
-
-        return ask
-
-    try:
-        return await count([start(*stream) for stream in streams], window)
-    finally:
-        for _, writer in streams:
-            writer.close()
 
 
 def _on_plain_loop(coroutine: Any) -> Any:
