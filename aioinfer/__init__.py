@@ -10,9 +10,9 @@ from aioinfer.errors import (
     ServerDiedError,
     WeightSyncError,
 )
-from aioinfer.monarch_server import MonarchInferenceServer
-from aioinfer.process import ProcessInferenceServer
-from aioinfer.ray_server import RayInferenceServer
+from aioinfer.hosting.monarch import MonarchInferenceServer
+from aioinfer.hosting.process import ProcessInferenceServer
+from aioinfer.hosting.ray import RayInferenceServer
 from aioinfer.server import InferenceServer
 from aioinfer.stats import ServerStats
 from aioinfer.transports.asyncio import AsyncioTransport

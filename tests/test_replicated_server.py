@@ -9,9 +9,10 @@ import pytest
 import torch
 from helpers import action, outcomes, row, within
 
-from aioinfer import ServerClosedError, ServerDiedError, ThreadingTransport, replicated_server
-from aioinfer.replica import Replica
-from aioinfer.replicated_server import ReplicatedServer
+from aioinfer import ServerClosedError, ServerDiedError, ThreadingTransport
+from aioinfer.hosting import replicated
+from aioinfer.hosting.replica import Replica
+from aioinfer.hosting.replicated import ReplicatedServer
 from aioinfer.transports.replicated import ReplicatedTransport
 
 
@@ -70,7 +71,7 @@ class TestReplicas:
 
     async def test_one_that_never_answers(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A replica that gives no sign of life is not waited for, nor asked again."""
-        monkeypatch.setattr(replicated_server, "SILENCE_S", 0.01)
+        monkeypatch.setattr(replicated, "SILENCE_S", 0.01)
         async with Pretended(linear) as server:
             server.lost.add(server._replicas[1])
             assert list(await within(server.astats())) == [0]
@@ -85,7 +86,7 @@ class TestReplicas:
 
     async def test_one_that_takes_long(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A replica that says that it lives is waited for."""
-        monkeypatch.setattr(replicated_server, "SILENCE_S", 0.01)
+        monkeypatch.setattr(replicated, "SILENCE_S", 0.01)
         async with Pretended(linear, 1) as server:
             replica, pings, answered = server._replicas[0], 0, asyncio.Event()
 

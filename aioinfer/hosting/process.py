@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import gc
 import itertools
 import multiprocessing
 import os
 import pickle
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from typing import Any, Self
@@ -21,29 +19,17 @@ import anyio.to_thread
 import torch
 
 import aioinfer.arguments as arguments
-from aioinfer.blocking import new_event_loop
 from aioinfer.clock import MonotonicClock
 from aioinfer.errors import ServerClosedError, ServerDiedError
-from aioinfer.hosted import (
-    ANSWER_S,
-    HostedServer,
-    check,
-    described,
-    rebuilt,
-    respond,
-)
-from aioinfer.server import InferenceServer
+from aioinfer.hosting.base import ANSWER_S, HostedServer, check, rebuilt
+from aioinfer.hosting.process_child import READY, send, serve
 from aioinfer.stats import ServerStats
 from aioinfer.transports.mp import MPTransport
 
 _clock = MonotonicClock()
 
-_READY = 0
-"""The number of the question that is asked by starting the child."""
 _JOIN_S = 5.0
 """Seconds that a process has to end, once it has nothing left to do."""
-_OUTLIVE_S = 1.0
-"""Seconds that the child has to end once its parent has."""
 
 
 class ProcessInferenceServer(HostedServer):
@@ -84,7 +70,7 @@ class ProcessInferenceServer(HostedServer):
         self._process: Any = None
         self._control: Connection | None = None
         self._ended = -1  # readable once the child has ended
-        self._questions = itertools.count(_READY + 1)
+        self._questions = itertools.count(READY + 1)
         self._lock = threading.RLock()  # one question at a time
 
     # -- clients ------------------------------------------------------------
@@ -155,7 +141,7 @@ class ProcessInferenceServer(HostedServer):
                 raise ServerClosedError("this server is not running; start it first")
             question = next(self._questions)
             try:
-                _send(control, (question, what, args))
+                send(control, (question, what, args))
                 found = self._answer_to(question, control, within)
             except (EOFError, OSError) as error:
                 raise self._died() from error
@@ -212,7 +198,7 @@ class ProcessInferenceServer(HostedServer):
             self._forget()
             ours, theirs = self._ctx.Pipe()
             process = self._ctx.Process(
-                target=_serve,
+                target=serve,
                 args=(theirs, os.getpid(), self._factory, self._transport, self._options),
                 name="ProcessInferenceServer",
                 daemon=True,
@@ -223,7 +209,7 @@ class ProcessInferenceServer(HostedServer):
             self._ended = _end_descriptor(process)
             answered = False
             try:
-                found = self._answer_to(_READY, ours, self._start_timeout)
+                found = self._answer_to(READY, ours, self._start_timeout)
                 if found is None:
                     raise ServerDiedError(
                         f"the server's process was not ready within start_timeout="
@@ -314,100 +300,3 @@ def _end_descriptor(process: Any) -> int:
             return os.pidfd_open(process.pid)
     sentinel: int = process.sentinel
     return sentinel
-
-
-def _send(control: Connection, message: Any) -> None:
-    # Plain pickle: the one of multiprocessing would move tensors of the caller's own model into
-    # shared memory.
-    control.send_bytes(pickle.dumps(message))
-
-
-# -- in the child -------------------------------------------------------------
-
-
-def _serve(
-    control: Connection,
-    parent: int,
-    factory: Callable[[], Any],
-    transport: MPTransport,
-    options: dict[str, Any],
-) -> None:
-    """What the child does, from its first moment to its last."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole terminal
-    threading.Thread(target=_outlive_nobody_for_long, args=(parent,), daemon=True).start()
-    try:
-        server = InferenceServer(factory(), transport, **options)
-        gc.collect()
-        gc.freeze()  # modules and policy stay; looking through them would hold up a batch
-    except BaseException as error:
-        _send(control, (_READY, False, described(error)))
-        return
-    with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        try:
-            runner.run(_run(server, control, parent))
-        except* OSError:  # the parent has ended, and nobody listens any more
-            pass
-
-
-async def _run(server: InferenceServer, control: Connection, parent: int) -> None:
-    try:
-        await server.astart(own_loop=True)
-    except Exception as error:
-        _send(control, (_READY, False, described(error)))
-        return
-    try:
-        _send(control, (_READY, True, None))
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(_outlive_nobody, parent, tasks.cancel_scope)
-            await _answer_all(server, control)
-            tasks.cancel_scope.cancel()
-    finally:
-        with anyio.CancelScope(shield=True):
-            await server.aclose(drain=False)
-
-
-async def _outlive_nobody(parent: int, scope: anyio.CancelScope) -> None:
-    """End the server once its parent has ended, however that did."""
-    with contextlib.suppress(ProcessLookupError), _end_of_parent(parent) as descriptor:
-        await anyio.wait_readable(descriptor)
-    scope.cancel()
-
-
-def _outlive_nobody_for_long(parent: int) -> None:
-    """End the process a while after its parent, whatever else it is stuck in."""
-    with contextlib.suppress(ProcessLookupError), _end_of_parent(parent) as descriptor:
-        connection.wait([descriptor])
-    threading.Event().wait(_OUTLIVE_S)
-    os._exit(1)
-
-
-@contextlib.contextmanager
-def _end_of_parent(parent: int) -> Iterator[int]:
-    """What is readable once the parent has ended."""
-    # Not the end of the pipe: children that were forked later may hold it open.
-    if hasattr(os, "pidfd_open"):
-        descriptor = os.pidfd_open(parent)
-        try:
-            yield descriptor
-        finally:
-            os.close(descriptor)
-    else:
-        known = multiprocessing.parent_process()
-        assert known is not None
-        yield known.sentinel
-
-
-async def _answer_all(server: InferenceServer, control: Connection) -> None:
-    """Do what the parent asks, until it asks to close."""
-    closing = False
-    while not closing:
-        await anyio.wait_readable(control.fileno())
-        # Waiting may have made the pipe non-blocking, and of large weights only the beginning is
-        # here: a thread waits for the rest.
-        os.set_blocking(control.fileno(), True)
-        try:
-            question, what, args = pickle.loads(await anyio.to_thread.run_sync(control.recv_bytes))
-        except EOFError:
-            return
-        closing = what == "close"
-        _send(control, (question, *await respond(server, what, args)))

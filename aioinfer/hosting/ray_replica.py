@@ -7,7 +7,7 @@ import gc
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from aioinfer.replica import Replica
+from aioinfer.hosting.replica import Replica
 from aioinfer.transports.ray import MAX_CONCURRENCY
 from aioinfer.transports.ray_line import pack_answer, unpack_call
 from aioinfer.transports.ray_replicas import ReplicaTransport

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import aioinfer.arguments as arguments
-from aioinfer.hosted import Answer, check
-from aioinfer.replicated_server import ReplicatedServer
+from aioinfer.hosting.base import Answer, check
+from aioinfer.hosting.replicated import ReplicatedServer
 from aioinfer.transports.endpoint import TlsFactory
 from aioinfer.transports.monarch import MonarchTransport, require_monarch
 from aioinfer.transports.remote import ConnectionKind
@@ -111,7 +111,7 @@ class MonarchInferenceServer(ReplicatedServer):
     async def _serve(self, number: int, procs: Any) -> None:
         # Spawned and called as a desk is: a post is told of the end of what it has spawned, and
         # not everybody is who calls it.
-        kind = importlib.import_module("aioinfer.monarch_replica").MonarchReplica
+        kind = importlib.import_module("aioinfer.hosting.monarch_replica").MonarchReplica
         spawned = await self._office.call(self._office.post, "spawn", procs, kind)
         self._replicas[number] = spawned
         device = self._device(number) if callable(self._device) else self._device

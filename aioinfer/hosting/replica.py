@@ -9,7 +9,7 @@ import anyio
 import torch
 
 from aioinfer.errors import ServerClosedError
-from aioinfer.hosted import Answer, described, respond
+from aioinfer.hosting.base import Answer, described, respond
 from aioinfer.server import InferenceServer
 from aioinfer.transports.base import InferenceTransport
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from monarch.actor import Actor, concurrent_endpoint
 
-from aioinfer.hosted import Answer
-from aioinfer.replica import Replica
+from aioinfer.hosting.base import Answer
+from aioinfer.hosting.replica import Replica
 
 
 class MonarchReplica(Actor):  # type: ignore[misc]  # Monarch is not typed

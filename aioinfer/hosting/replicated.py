@@ -17,7 +17,7 @@ import torch
 import aioinfer.arguments as arguments
 from aioinfer.blocking import new_event_loop
 from aioinfer.errors import ServerClosedError, ServerDiedError
-from aioinfer.hosted import ANSWER_S, Answer, HostedServer, rebuilt
+from aioinfer.hosting.base import ANSWER_S, Answer, HostedServer, rebuilt
 from aioinfer.intake import running_loop
 from aioinfer.stats import ServerStats
 from aioinfer.transports.replicated import ReplicatedTransport
@@ -59,7 +59,7 @@ class ReplicatedServer(HostedServer):
 
     @abc.abstractmethod
     async def _send(self, replica: Any, what: str, *args: Any) -> Answer:
-        """Ask an actor that runs a :class:`~aioinfer.replica.Replica`.
+        """Ask an actor that runs a :class:`~aioinfer.hosting.replica.Replica`.
 
         Raises:
             Exception: it has ended.

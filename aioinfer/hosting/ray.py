@@ -25,9 +25,9 @@ import aioinfer.arguments as arguments
 from aioinfer.blocking import BackgroundLoop
 from aioinfer.clock import MonotonicClock
 from aioinfer.errors import ServerClosedError, ServerDiedError
-from aioinfer.hosted import Answer, check, described, rebuilt
-from aioinfer.ray_replica import new_actors
-from aioinfer.replicated_server import ReplicatedServer, blocking
+from aioinfer.hosting.base import Answer, check, described, rebuilt
+from aioinfer.hosting.ray_replica import new_actors
+from aioinfer.hosting.replicated import ReplicatedServer, blocking
 from aioinfer.transports.endpoint import TlsFactory
 from aioinfer.transports.ray import require_ray
 from aioinfer.transports.ray_replicas import Door, Name, RayReplicas
