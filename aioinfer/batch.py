@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from aioinfer.batching import Reason
-from aioinfer.collation import Columns
 from aioinfer.errors import ServerDiedError
-from aioinfer.request import Request
-
-Outcome = tuple[Request, Any]
-"""A request and its result or, if it is one, its exception."""
+from aioinfer.replies import Columns, Delivery, Outcome
+from aioinfer.request import ReplyPort, Request
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -51,3 +47,24 @@ class Batch:
     @outcomes.setter
     def outcomes(self, outcomes: list[Outcome]) -> None:
         self._outcomes = outcomes
+
+    def by_port(self) -> list[Delivery]:
+        """Group the answers by where they go, keeping their order."""
+        requests, columns = self.requests, self.columns
+        first = requests[0].port
+        for request in requests:
+            if request.port is not first:
+                break
+        else:
+            return [(first, columns if columns and first.takes_columns else self.outcomes)]
+        ports = {request.port for request in requests}
+        whole = {port for port in ports if columns is not None and port.takes_columns}
+        deliveries: list[Delivery] = [(port, columns.of_port(port)) for port in whole if columns]
+        if len(whole) < len(ports):
+            groups: dict[ReplyPort, list[Outcome]] = {}
+            for outcome in self.outcomes:
+                port = outcome[0].port
+                if port not in whole:
+                    groups.setdefault(port, []).append(outcome)
+            deliveries += groups.items()
+        return deliveries

@@ -10,16 +10,16 @@ through TensorDict's own operations.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase, is_tensor_collection
 
 from aioinfer.buffers import Buffers
 from aioinfer.errors import ModelError
-from aioinfer.request import ReplyPort, Request
+from aioinfer.replies import Columns
+from aioinfer.request import Request
 from aioinfer.signature import Signature, entries
 from aioinfer.tensordicts import new_tensordict
 
@@ -29,67 +29,6 @@ STALE_KEY = "policy_stale"
 """Where a reply says whether the weights were older than they should be."""
 
 _ROW = torch.Size([])
-
-
-class Columns:
-    """The answers to a batch, or to some of its requests, as one tensor per name.
-
-    Args:
-        by_name: the tensors; their first dimension is the rows of the whole batch.
-        requests: who is answered.
-        starts: for each of them, its first row.
-        bare: whether they are bare rows, one after the other, and all there are.
-    """
-
-    __slots__ = ("bare", "by_name", "requests", "starts")
-
-    def __init__(
-        self,
-        by_name: dict[str, torch.Tensor],
-        requests: Sequence[Request],
-        starts: Sequence[int],
-        bare: bool,
-    ) -> None:
-        self.by_name = by_name
-        self.requests = requests
-        self.starts = starts
-        self.bare = bare
-
-    @classmethod
-    def of(cls, by_name: dict[str, torch.Tensor], requests: Sequence[Request], rows: int) -> Self:
-        """The answers to all requests of a batch."""
-        if rows == len(requests) and not any([request.batched for request in requests]):
-            return cls(by_name, requests, range(rows), True)
-        starts = [0, *itertools.accumulate([request.rows for request in requests])]
-        return cls(by_name, requests, starts[:-1], False)
-
-    def of_port(self, port: ReplyPort) -> Columns:
-        """Those that go through ``port``."""
-        pairs = zip(self.requests, self.starts, strict=True)
-        mine = [(request, start) for request, start in pairs if request.port is port]
-        return Columns(self.by_name, [r for r, _ in mine], [start for _, start in mine], False)
-
-    def results(self) -> list[TensorDictBase]:
-        """One TensorDict per request."""
-        names = tuple(self.by_name)
-        if self.bare:
-            pieces = [column.unbind(0) for column in self.by_name.values()]
-            if len(names) == 2:  # an action and the version: a literal is twice as fast as a zip
-                one, two = names
-                return [
-                    new_tensordict({one: x, two: y}, _ROW) for x, y in zip(*pieces, strict=True)
-                ]
-            return [
-                new_tensordict(dict(zip(names, row, strict=True)), _ROW)
-                for row in zip(*pieces, strict=True)
-            ]
-        results: list[TensorDictBase] = []
-        for request, start in zip(self.requests, self.starts, strict=True):
-            where: Any = slice(start, start + request.rows) if request.batched else start
-            size = torch.Size([request.rows]) if request.batched else _ROW
-            leaves = {name: column[where] for name, column in self.by_name.items()}
-            results.append(new_tensordict(leaves, size))
-        return results
 
 
 class Collator:

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from aioinfer.batch import Batch, Outcome
+from aioinfer.batch import Batch
 from aioinfer.batching import fitting_size
 from aioinfer.clock import Clock
-from aioinfer.collation import Collator, Columns
+from aioinfer.collation import Collator
 from aioinfer.devices.faults import Room, copy_of, device_died, is_out_of_memory
 from aioinfer.errors import ModelError, ServerDiedError
+from aioinfer.replies import Columns, Outcome
 from aioinfer.request import Request
 from aioinfer.sampling import sampling
 from aioinfer.signature import Signature

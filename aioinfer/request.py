@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     import torch
 
-    from aioinfer.collation import Columns
     from aioinfer.estimates import Cohort
 
     Take = Callable[[tuple[int, ...], torch.dtype], torch.Tensor | None]
@@ -60,20 +59,13 @@ class ReplyPort(Protocol):
     on_loop: bool
     """True: :meth:`deliver` must run on the server's loop. False: any thread may call it."""
     takes_columns: bool
-    """Whether it has :meth:`ColumnPort.deliver_columns`, too."""
+    """Whether it has :meth:`~aioinfer.replies.ColumnPort.deliver_columns`, too."""
 
     def deliver(self, outcomes: Sequence[tuple[Request, Any]]) -> None:
         """Answer every request with its result or, if it is one, its exception.
 
         Must not raise, must not block, and must leave callers alone that have gone.
         """
-
-
-class ColumnPort(ReplyPort, Protocol):
-    """A port that has no use for a TensorDict per request."""
-
-    def deliver_columns(self, columns: Columns) -> None:
-        """Answer every request of ``columns`` with its rows; otherwise as :meth:`deliver`."""
 
 
 class Encoding(Protocol):

@@ -14,12 +14,10 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import cast
 
-from aioinfer.batch import Batch, Outcome
+from aioinfer.batch import Batch
 from aioinfer.batching import ANY_NUMBER, Batcher, Dispatch, Wait
 from aioinfer.clock import Clock, TimerHandle
-from aioinfer.collation import Columns
 from aioinfer.devices.faults import copy_of
 from aioinfer.errors import (
     InferenceError,
@@ -30,7 +28,8 @@ from aioinfer.errors import (
 )
 from aioinfer.executor import Executor, Run
 from aioinfer.intake import Intake, Notice, loop_closed, running_loop
-from aioinfer.request import ColumnPort, GivenUp, ReplyPort, Request, State
+from aioinfer.replies import Delivery, deliver
+from aioinfer.request import GivenUp, Request, State
 from aioinfer.signature import Signature
 from aioinfer.splitting import split
 from aioinfer.stats import BatchTimes, StatsRecorder
@@ -91,9 +90,9 @@ class Serving:
         self._running: list[Batch] = []
         self._attached: list[InferenceTransport] = []
         # Batches on their way back: from the executor thread, and then still to be answered.
-        self._finished: deque[tuple[Batch, list[_Delivery]]] = deque()
+        self._finished: deque[tuple[Batch, list[Delivery]]] = deque()
         self._freed: deque[Batch] = deque()
-        self._done: deque[list[_Delivery]] = deque()
+        self._done: deque[list[Delivery]] = deque()
         self._timer: TimerHandle | None = None
         self._timer_at = 0.0
         self._drained: asyncio.Future[None] = self.loop.create_future()
@@ -354,7 +353,7 @@ class Serving:
         with self._lock:
             if self._over:
                 return
-            deliveries = _by_port(batch)
+            deliveries = batch.by_port()
             self._finished.append((batch, [d for d in deliveries if d[0].on_loop]))
         self._intake.load = batch.rows + self.queue_depth
         # Counted before anybody is answered, who might then look.
@@ -367,7 +366,7 @@ class Serving:
         self._recorder.batch(batch.rows, batch.reason, times)
         for port, answers in deliveries:
             if not port.on_loop:
-                _deliver(port, answers)
+                deliver(port, answers)
         try:
             if running_loop() is self.loop:
                 # Not before the loop has read what arrived meanwhile.
@@ -381,7 +380,7 @@ class Serving:
         """Answer those who wait on this loop."""
         while self._done:
             for port, answers in self._done.popleft():
-                _deliver(port, answers)
+                deliver(port, answers)
 
     def _withdraw(self, request: Request) -> None:
         """The caller no longer wants an answer."""
@@ -405,12 +404,12 @@ class Serving:
     def _fail(self, request: Request, error: Exception) -> None:
         self._recorder.failed += self._is_first_end(request)
         request.state = State.DONE
-        _deliver(request.port, [(request, error)])
+        deliver(request.port, [(request, error)])
 
     def _expire(self, request: Request) -> None:
         self._recorder.timed_out += self._is_first_end(request)
         error = TimeoutError(f"no answer within timeout={request.timeout} s of the submission")
-        _deliver(request.port, [(request, error)])
+        deliver(request.port, [(request, error)])
 
     def _is_first_end(self, request: Request) -> bool:
         """Whether this is the end of what a caller asked for, to be counted.
@@ -429,41 +428,6 @@ class Serving:
                 self._batcher.discard(part)
         whole.parts = None
         return True
-
-
-_Delivery = tuple[ReplyPort, Columns | Sequence[Outcome]]
-
-
-def _by_port(batch: Batch) -> list[_Delivery]:
-    """Group the answers by where they go, keeping their order."""
-    requests, columns = batch.requests, batch.columns
-    first = requests[0].port
-    for request in requests:
-        if request.port is not first:
-            break
-    else:
-        return [(first, columns if columns and first.takes_columns else batch.outcomes)]
-    ports = {request.port for request in requests}
-    whole = {port for port in ports if columns is not None and port.takes_columns}
-    deliveries: list[_Delivery] = [(port, columns.of_port(port)) for port in whole if columns]
-    if len(whole) < len(ports):
-        groups: dict[ReplyPort, list[Outcome]] = {}
-        for outcome in batch.outcomes:
-            port = outcome[0].port
-            if port not in whole:
-                groups.setdefault(port, []).append(outcome)
-        deliveries += groups.items()
-    return deliveries
-
-
-def _deliver(port: ReplyPort, answers: Columns | Sequence[Outcome]) -> None:
-    try:
-        if isinstance(answers, Columns):
-            cast("ColumnPort", port).deliver_columns(answers)
-        else:
-            port.deliver(answers)
-    except Exception:  # a broken link must not take the others with it
-        _log.exception("%r could not deliver its answers", port)
 
 
 def _closing() -> InferenceError:

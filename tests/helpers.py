@@ -20,7 +20,7 @@ from tensordict.nn import (
 )
 
 from aioinfer.transports import wire
-from aioinfer.transports.payload import Packed
+from aioinfer.transports.wire.payload import Packed
 
 PATIENCE_S = 10.0
 """Seconds after which what should have happened counts as never happening."""

@@ -49,9 +49,9 @@ from aioinfer.transports.endpoint import (
     ServerHandshake,
     new_secret,
 )
-from aioinfer.transports.layouts import LayoutSender
-from aioinfer.transports.payload import pack
 from aioinfer.transports.wire import WireError
+from aioinfer.transports.wire.layouts import LayoutSender
+from aioinfer.transports.wire.payload import pack
 
 LARGE = 60_000
 

@@ -43,8 +43,8 @@ from aioinfer import (
 )
 from aioinfer.testing import RecordingModel
 from aioinfer.transports import peer, socket_peer, wire
-from aioinfer.transports.layouts import LayoutSender
-from aioinfer.transports.payload import pack
+from aioinfer.transports.wire.layouts import LayoutSender
+from aioinfer.transports.wire.payload import pack
 
 pytestmark = [
     pytest.mark.timeout(60),

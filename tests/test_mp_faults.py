@@ -31,7 +31,7 @@ from aioinfer import (
 from aioinfer.signature import describe
 from aioinfer.testing import RecordingModel
 from aioinfer.transports import channel, channeled, wire
-from aioinfer.transports.payload import pack_described, unpack_object
+from aioinfer.transports.wire.payload import pack_described, unpack_object
 
 pytestmark = [
     pytest.mark.timeout(60),

@@ -25,10 +25,11 @@ from aioinfer.batch import Batch
 from aioinfer.batching import fitting_size
 from aioinfer.buffers import Buffers
 from aioinfer.clock import Clock
-from aioinfer.collation import Collator, Columns
+from aioinfer.collation import Collator
 from aioinfer.devices.faults import copy_of, device_died
 from aioinfer.errors import ServerDiedError
 from aioinfer.forward import ForwardPass
+from aioinfer.replies import Columns
 from aioinfer.request import Request
 from aioinfer.sampling import sampling
 from aioinfer.signature import Signature

@@ -30,12 +30,12 @@ from aioinfer.intake import running_loop
 from aioinfer.request import GivenUp, Request, Source
 from aioinfer.signature import Signature
 from aioinfer.transports import wire
-from aioinfer.transports.dtypes import NotDenseError
-from aioinfer.transports.frames import FrameReader
-from aioinfer.transports.layouts import Layout, LayoutReceiver, LayoutSender, decode_layout
-from aioinfer.transports.payload import Packed, pack_described, unpack_object
 from aioinfer.transports.slots import Slots
 from aioinfer.transports.wire import Kind, Slot, WireError
+from aioinfer.transports.wire.dtypes import NotDenseError
+from aioinfer.transports.wire.frames import FrameReader
+from aioinfer.transports.wire.layouts import Layout, LayoutReceiver, LayoutSender, decode_layout
+from aioinfer.transports.wire.payload import Packed, pack_described, unpack_object
 
 MAX_PAYLOAD = wire.MAX_BODY - wire.REQUEST_NBYTES
 """Bytes of the largest request that a message can hold."""

@@ -8,18 +8,18 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from aioinfer.collation import Columns
 from aioinfer.errors import InferenceError, InvalidRequestError, ModelError
 from aioinfer.intake import Intake
+from aioinfer.replies import Columns
 from aioinfer.request import Encoding, GivenUp, Request, Source
 from aioinfer.signature import Signature, describe
 from aioinfer.transports import wire
-from aioinfer.transports.frames import FrameReader
-from aioinfer.transports.layouts import Layout, LayoutReceiver, LayoutSender, decode_layout
-from aioinfer.transports.payload import Packed, pack, unpack_object
-from aioinfer.transports.rows import Bodies, PackedColumns
 from aioinfer.transports.slots import Arenas
 from aioinfer.transports.wire import Kind, Slot, WireError
+from aioinfer.transports.wire.frames import FrameReader
+from aioinfer.transports.wire.layouts import Layout, LayoutReceiver, LayoutSender, decode_layout
+from aioinfer.transports.wire.payload import Packed, pack, unpack_object
+from aioinfer.transports.wire.rows import Bodies, PackedColumns
 
 _log = logging.getLogger("aioinfer")
 

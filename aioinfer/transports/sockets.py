@@ -20,8 +20,8 @@ from aioinfer.signature import describe
 from aioinfer.transports import channel as channels
 from aioinfer.transports import wire
 from aioinfer.transports.channel import Asked, Channel, OnLoop
-from aioinfer.transports.dtypes import NotDenseError
 from aioinfer.transports.wire import WireError
+from aioinfer.transports.wire.dtypes import NotDenseError
 from aioinfer.waiting import Answered
 
 

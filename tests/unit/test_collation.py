@@ -10,8 +10,9 @@ from tensordict import NonTensorData, TensorDict, TensorDictBase, lazy_stack, te
 from torch.overrides import TorchFunctionMode
 
 from aioinfer import collation
-from aioinfer.collation import Collator, Columns, tensordict_of
+from aioinfer.collation import Collator, tensordict_of
 from aioinfer.errors import ModelError
+from aioinfer.replies import Columns
 from aioinfer.request import Request, Source
 from aioinfer.signature import describe
 

@@ -9,13 +9,14 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from aioinfer.collation import Collator, Columns
+from aioinfer.collation import Collator
+from aioinfer.replies import Columns
 from aioinfer.request import Request, Source
 from aioinfer.signature import describe
-from aioinfer.transports import payload, wire
-from aioinfer.transports.frames import FrameReader
-from aioinfer.transports.rows import Bodies, PackedColumns
-from aioinfer.transports.wire import Kind
+from aioinfer.transports import wire
+from aioinfer.transports.wire import Kind, payload
+from aioinfer.transports.wire.frames import FrameReader
+from aioinfer.transports.wire.rows import Bodies, PackedColumns
 
 DTYPES = [torch.float32, torch.int64, torch.bool, torch.uint8, torch.bfloat16, torch.float16]
 SHAPES: list[tuple[int, ...]] = [(), (1,), (3,), (2, 5), (0,), (3, 0), (7, 1, 3), (2000,)]

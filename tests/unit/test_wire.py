@@ -24,9 +24,10 @@ from aioinfer import errors
 from aioinfer.errors import InferenceError, InvalidRequestError, ModelError
 from aioinfer.request import GivenUp
 from aioinfer.signature import describe
-from aioinfer.transports import dtypes, payload, wire
-from aioinfer.transports.frames import FrameReader
-from aioinfer.transports.layouts import (
+from aioinfer.transports import wire
+from aioinfer.transports.wire import Kind, WireError, dtypes, payload
+from aioinfer.transports.wire.frames import FrameReader
+from aioinfer.transports.wire.layouts import (
     LAYOUT_IDS,
     OBJECT,
     Layout,
@@ -35,7 +36,6 @@ from aioinfer.transports.layouts import (
     decode_layout,
     encode_layout,
 )
-from aioinfer.transports.wire import Kind, WireError
 
 # The same examples in every run: what a run finds, the next one finds too.
 settings.register_profile("wire", derandomize=True, database=None, deadline=None, max_examples=60)

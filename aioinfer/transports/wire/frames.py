@@ -1,10 +1,78 @@
-"""Cutting a stream of bytes into frames. There is no I/O in here."""
+"""Frames, and cutting a stream of bytes into them.
+
+A frame is a header of 8 bytes (u32 length of the body, u8 kind, three zero bytes) and a body.
+What breaks this is a :class:`WireError`: the peer does not speak our language, and its connection
+must be closed.
+"""
 
 from __future__ import annotations
 
+import enum
+import struct
 from collections.abc import Iterator
+from typing import Any
 
-from aioinfer.transports.wire import HEADER, MAX_BODY, Buffer, Kind, WireError
+Buffer = bytes | bytearray | memoryview
+
+MAX_BODY = 1 << 30
+
+
+class WireError(Exception):
+    """The peer sent what is not a message; its connection must be closed."""
+
+
+class Kind(enum.IntEnum):
+    """What a frame says. Numbers are part of the protocol."""
+
+    HELLO = 1  # from the client: the first frame
+    JOIN = 2
+    LEAVE = 3
+    ARENA = 4
+    REQUEST = 5
+    GIVE_UP = 6
+    LAYOUT = 16  # from both
+    WELCOME = 32  # from the server: its first frame
+    REPLY = 33
+    ERROR = 34
+    DROPPED = 35  # the last word about a request that its caller gave up
+    CLOSING = 36
+
+
+HEADER = struct.Struct("<II")
+"""Of a frame: the length of its body, and the kind and three zero bytes as one number."""
+
+
+def frame(kind: Kind, *parts: Any) -> bytes:
+    """One frame of a kind, its body made of ``parts`` (buffers of single bytes)."""
+    return b"".join((HEADER.pack(sum(map(len, parts)), kind), *parts))
+
+
+class Cursor:
+    """Reads a body from front to back; running off its end is a :class:`WireError`."""
+
+    def __init__(self, body: Buffer) -> None:
+        self._body = body
+        self._at = 0
+
+    def take(self, layout: struct.Struct) -> tuple[Any, ...]:
+        return layout.unpack(self.bytes(layout.size))
+
+    def bytes(self, size: int) -> Buffer:
+        start, self._at = self._at, self._at + size
+        if self._at > len(self._body):
+            raise WireError(f"a body of {len(self._body)} bytes ends before its byte {self._at}")
+        return self._body[start : self._at]
+
+    def text(self, size: int) -> str:
+        try:
+            return str(self.bytes(size), "utf-8", "surrogatepass")
+        except UnicodeDecodeError as error:
+            raise WireError(f"a text is not UTF-8: {error}") from error
+
+    def end(self) -> None:
+        if self._at != len(self._body):
+            raise WireError(f"a body has {len(self._body)} bytes, its content {self._at}")
+
 
 _KINDS = {int(kind): kind for kind in Kind}
 _REQUEST = int(Kind.REQUEST)

@@ -1,92 +1,29 @@
-"""Frames and messages as bytes: what two processes say to each other.
+"""Messages: the bodies of frames.
 
-Nothing in here does I/O: bytes go in and out, and who moves them is not its concern. All
-numbers are little endian.
-
-**Frames.** A stream is a sequence of frames, each a header of 8 bytes (u32 length of the body,
-u8 kind, three zero bytes) and a body. What breaks this is a :class:`WireError`: the peer does
-not speak our language, and its connection must be closed.
-
-**Messages.** A body starts with a fixed part, one struct per :class:`Kind`. In REQUEST and REPLY
-the payload follows, unless it lies in a *slot*, a stretch of memory that both processes see.
-Fixed parts are multiples of 8 bytes, so a payload is aligned within its body. ``rows`` is 0
-for one bare row (batch size ``[]``), else the K of ``[K]``. A REQUEST starts with its *looks*,
-``LOOKS_NBYTES`` that are the same for most requests of a client: what was made of them once
-need not be made again. ERROR and CLOSING carry an exception as three texts: class, message, and
-the traceback of its cause.
-
-A stream is cut into frames in :mod:`aioinfer.transports.frames`; what a payload looks like is told
-in :mod:`aioinfer.transports.payload`.
+A body starts with a fixed part, one struct per :class:`Kind`. In REQUEST and REPLY the payload
+follows, unless it lies in a *slot*, a stretch of memory that both processes see. Fixed parts are
+multiples of 8 bytes, so a payload is aligned within its body. ``rows`` is 0 for one bare row
+(batch size ``[]``), else the K of ``[K]``. A REQUEST starts with its *looks*, ``LOOKS_NBYTES``
+that are the same for most requests of a client: what was made of them once need not be made again.
 """
 
 from __future__ import annotations
 
-import enum
 import math
 import struct
-import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tensordict.nn import InteractionType
 
 from aioinfer.arguments import MAX_SECONDS
-from aioinfer.errors import (
-    InferenceError,
-    InvalidRequestError,
-    ModelError,
-    QueueFullError,
-    ServerClosedError,
-    ServerDiedError,
-    WeightSyncError,
-)
 from aioinfer.request import GivenUp
+from aioinfer.transports.wire.frames import Buffer, Kind, WireError, frame
 
 if TYPE_CHECKING:
-    from aioinfer.transports.payload import Packed
-
-Buffer = bytes | bytearray | memoryview
+    from aioinfer.transports.wire.payload import Packed
 
 PROTOCOL = 2
-MAX_BODY = 1 << 30
-MAX_TEXT = 1 << 16  # characters of each text of an error
-
-
-class WireError(Exception):
-    """The peer sent what is not a message; its connection must be closed."""
-
-
-class RemoteTraceback(Exception):
-    """The cause of an exception that came from another process: its traceback, as text."""
-
-
-# -- frames -------------------------------------------------------------------
-
-
-class Kind(enum.IntEnum):
-    """What a frame says. Numbers are part of the protocol."""
-
-    HELLO = 1  # from the client: the first frame
-    JOIN = 2
-    LEAVE = 3
-    ARENA = 4
-    REQUEST = 5
-    GIVE_UP = 6
-    LAYOUT = 16  # from both
-    WELCOME = 32  # from the server: its first frame
-    REPLY = 33
-    ERROR = 34
-    DROPPED = 35  # the last word about a request that its caller gave up
-    CLOSING = 36
-
-
-HEADER = struct.Struct("<II")
-"""Of a frame: the length of its body, and the kind and three zero bytes as one number."""
-
-
-def frame(kind: Kind, *parts: Any) -> bytes:
-    """One frame of a kind, its body made of ``parts`` (buffers of single bytes)."""
-    return b"".join((HEADER.pack(sum(map(len, parts)), kind), *parts))
 
 
 # -- messages of fixed size ---------------------------------------------------
@@ -381,85 +318,3 @@ def decode_reply(body: Buffer) -> ReplyHead:
     if flags > 1 or (flags and len(body) != REPLY_NBYTES):
         raise WireError(f"REPLY with flags {flags:#x} and {len(body)} bytes")
     return ReplyHead(request_id, layout_id, rows or 1, rows != 0, flags != 0, room, load)
-
-
-# -- errors -------------------------------------------------------------------
-
-_ERROR = struct.Struct("<QIII4x")
-_REBUILT: dict[str, type[Exception]] = {
-    found.__name__: found
-    for found in (
-        *(InferenceError, InvalidRequestError, ModelError),
-        *(QueueFullError, ServerClosedError, ServerDiedError, WeightSyncError),
-        *(TimeoutError, ValueError, TypeError, RuntimeError),
-    )
-}
-
-
-def encode_error(request_id: int, error: BaseException, kind: Kind = Kind.ERROR) -> bytes:
-    """An ERROR, or a CLOSING (whose request id says nothing). Whatever the error, this works."""
-    texts = [_text(make, error) for make in (_class_of, str, _cause_of)]
-    return frame(kind, _ERROR.pack(request_id, *map(len, texts)), *texts)
-
-
-def _text(make: Callable[[BaseException], str], error: BaseException) -> bytes:
-    try:
-        text = make(error)
-        if len(text) > MAX_TEXT:
-            half = MAX_TEXT // 2 - 50
-            left_out = f"\n[... {len(text) - 2 * half} characters left out ...]\n"
-            text = text[:half] + left_out + text[-half:]
-        return text.encode("utf-8", "backslashreplace")
-    except Exception as fault:  # it is the policy's exception: its __str__ may do anything
-        return f"<{type(error).__name__} failed to say: {type(fault).__name__}>".encode()
-
-
-def _class_of(error: BaseException) -> str:
-    found = type(error)
-    known = found is _REBUILT.get(found.__name__)
-    return found.__name__ if known else f"{found.__module__}.{found.__qualname__}"
-
-
-def _cause_of(error: BaseException) -> str:
-    cause = error.__cause__
-    return "" if cause is None else "".join(traceback.format_exception(cause))
-
-
-def decode_error(body: Buffer) -> tuple[int, Exception]:
-    """The request id and a fresh exception, of the class that it had if we know that class."""
-    cursor = Cursor(body)
-    request_id, *lengths = cursor.take(_ERROR)
-    name, message, trace = [cursor.text(length) for length in lengths]
-    cursor.end()
-    known = _REBUILT.get(name)
-    error = InferenceError(f"{name}: {message}") if known is None else known(message)
-    if trace:
-        error.__cause__ = RemoteTraceback(trace)
-    return request_id, error
-
-
-class Cursor:
-    """Reads a body from front to back; running off its end is a :class:`WireError`."""
-
-    def __init__(self, body: Buffer) -> None:
-        self._body = body
-        self._at = 0
-
-    def take(self, layout: struct.Struct) -> tuple[Any, ...]:
-        return layout.unpack(self.bytes(layout.size))
-
-    def bytes(self, size: int) -> Buffer:
-        start, self._at = self._at, self._at + size
-        if self._at > len(self._body):
-            raise WireError(f"a body of {len(self._body)} bytes ends before its byte {self._at}")
-        return self._body[start : self._at]
-
-    def text(self, size: int) -> str:
-        try:
-            return str(self.bytes(size), "utf-8", "surrogatepass")
-        except UnicodeDecodeError as error:
-            raise WireError(f"a text is not UTF-8: {error}") from error
-
-    def end(self) -> None:
-        if self._at != len(self._body):
-            raise WireError(f"a body has {len(self._body)} bytes, its content {self._at}")

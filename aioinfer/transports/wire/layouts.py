@@ -20,7 +20,7 @@ from tensordict import TensorDict
 
 from aioinfer.signature import Signature
 from aioinfer.tensordicts import new_tensordict
-from aioinfer.transports.dtypes import (
+from aioinfer.transports.wire.dtypes import (
     BY_DTYPE,
     BY_NUMBER,
     MAX_DIMS,
@@ -31,7 +31,7 @@ from aioinfer.transports.dtypes import (
     strides_of,
     tensor_in,
 )
-from aioinfer.transports.wire import Buffer, Cursor, Kind, WireError, frame
+from aioinfer.transports.wire.frames import Buffer, Cursor, Kind, WireError, frame
 
 Key = str | tuple[str, ...]
 Field = tuple[Key, torch.Size, torch.dtype]

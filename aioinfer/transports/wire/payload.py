@@ -1,6 +1,6 @@
 """TensorDicts as bytes: the payloads of requests and replies.
 
-Dense tensors in a TensorDict travel as their bytes, as :mod:`aioinfer.transports.layouts` says.
+Dense tensors in a TensorDict travel as their bytes; how, says :mod:`.layouts`.
 Everything else (tensorclass, non-tensor data, lazy stacks) has the layout id ``OBJECT``: u64 size
 of the payload, u64 size of the pickle, the pickle, then the tensors. A tensor's place in the
 pickle holds only its number, dtype, shape and offset; tensors themselves are never pickled,
@@ -22,7 +22,7 @@ from tensordict import TensorDict
 from aioinfer.errors import InvalidRequestError
 from aioinfer.signature import Signature
 from aioinfer.tensordicts import new_tensordict
-from aioinfer.transports.dtypes import (
+from aioinfer.transports.wire.dtypes import (
     BY_DTYPE,
     BY_NUMBER,
     MAX_DIMS,
@@ -33,8 +33,8 @@ from aioinfer.transports.dtypes import (
     array_of,
     tensor_in,
 )
-from aioinfer.transports.layouts import Field, Layout, layout_of
-from aioinfer.transports.wire import WireError
+from aioinfer.transports.wire.frames import WireError
+from aioinfer.transports.wire.layouts import Field, Layout, layout_of
 
 _ROW = torch.Size([])
 

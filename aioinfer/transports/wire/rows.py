@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import torch
 
-from aioinfer.transports.dtypes import PADS, aligned, of_array
-from aioinfer.transports.layouts import Layout, layout_of
-from aioinfer.transports.payload import Packed
-from aioinfer.transports.wire import reply_heads
+from aioinfer.transports.wire.dtypes import PADS, aligned, of_array
+from aioinfer.transports.wire.layouts import Layout, layout_of
+from aioinfer.transports.wire.messages import reply_heads
+from aioinfer.transports.wire.payload import Packed
 
 if TYPE_CHECKING:
     from aioinfer.request import Take
