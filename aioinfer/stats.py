@@ -33,7 +33,7 @@ class ServerStats(Mapping[str, Any]):
     """A snapshot of a server's counters. Times are in milliseconds.
 
     Every field, and every property, can also be read as ``stats["name"]``; the names that
-    TorchRL's server uses mean the same here.
+    TorchRL's server uses mean the same here. ``print(stats)`` prints a table.
     """
 
     elapsed_s: float
@@ -115,6 +115,28 @@ class ServerStats(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(_NAMES)
 
+    def __str__(self) -> str:
+        troubles = ("cancelled", "timed_out", "refused", "failed")
+        lines = [
+            _line("requests", f"{self.requests:,}"),
+            *[_line(name.replace("_", " "), f"{self[name]:,}") for name in troubles if self[name]],
+            _line("requests/s", f"{self.requests_per_s:,.0f}"),
+            _line("batches", f"{self.batches:,}"),
+            _line("mean batch, rows", f"{self.avg_batch_size:.1f}"),
+            "why batches left",
+        ]
+        reasons = sorted(self.reasons.items(), key=lambda item: -item[1])
+        lines += [_line("  " + reason, f"{count:,}") for reason, count in reasons]
+        lines.append(_line("times, ms", "p50", "p95", "p99"))
+        for title, name in (
+            ("queue wait", "queue"),
+            ("forward", "forward"),
+            ("latency", "latency"),
+        ):
+            values = [self[f"{percentile}_{name}_ms"] for percentile in ("p50", "p95", "p99")]
+            lines.append(_line("  " + title, *[f"{value:.3f}" for value in values]))
+        return "\n".join(lines)
+
 
 _NAMES = (
     *(field.name for field in dataclasses.fields(ServerStats)),
@@ -123,6 +145,10 @@ _NAMES = (
     "batches_per_s",
     "avg_batch_size",
 )
+
+
+def _line(name: str, *columns: str) -> str:
+    return f"{name:24}" + "".join([f"{column:>10}" for column in columns])
 
 
 class StatsRecorder:

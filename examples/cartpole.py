@@ -230,15 +230,7 @@ def report(own: Run, served: Run, stats: ServerStats) -> str:
     for name, run in (("every actor on its own", own), ("served", served)):
         lines.append(f"{name:24}{run.steps_per_s:10,.0f}{run.seconds:10.2f}{run.episodes:10,}")
     lines.append(f"{'served / on its own':24}{served.steps_per_s / own.steps_per_s:10.2f}")
-    lines += ["", f"{'the server':24}{'p50':>10}{'p95':>10}"]
-    for name, key in (("queue wait", "queue"), ("forward", "forward"), ("latency", "latency")):
-        p50, p95 = stats[f"p50_{key}_ms"], stats[f"p95_{key}_ms"]
-        lines.append(f"{'  ' + name + ', ms':24}{p50:10.3f}{p95:10.3f}")
-    lines.append(f"{'  batches':24}{stats.batches:10,}")
-    lines.append(f"{'  mean batch, rows':24}{stats.avg_batch_size:10.1f}")
-    lines.append("  why batches left")
-    for reason, count in sorted(stats.reasons.items(), key=lambda item: -item[1]):
-        lines.append(f"{'    ' + reason:24}{count:10,}")
+    lines += ["", "the server", str(stats)]
     return "\n".join(lines)
 
 

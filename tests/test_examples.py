@@ -77,10 +77,10 @@ def accounts_for(table: str, rows: int) -> None:
     """Check that a table's figures of the server agree with each other and the rows sent."""
     batches = column(table, "batches")
     assert batches * column(table, "mean batch, rows") == pytest.approx(rows, rel=0.05)
-    reasons = table.split("why batches left\n")[1].splitlines()
+    reasons = table.split("why batches left\n")[1].split("times, ms")[0].splitlines()
     assert sum(int(line.split()[-1].replace(",", "")) for line in reasons) == batches
-    for name in ("queue wait, ms", "forward, ms", "latency, ms"):
-        assert 0 <= column(table, name, 0) <= column(table, name, 1)
+    for name in ("queue wait", "forward", "latency"):
+        assert 0 <= column(table, name, 0) <= column(table, name, 1) <= column(table, name, 2)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import InThread, until
+from helpers import InThread, row, until
 from tensordict import TensorDict
 
 from aioinfer import (
@@ -19,7 +19,7 @@ from aioinfer import (
     ServerClosedError,
     SyncInferenceClient,
 )
-from aioinfer.testing import settle
+from aioinfer.testing import RecordingModel, settle
 
 try:
     from uvloop import new_event_loop as _uvloop
@@ -64,6 +64,16 @@ class Link:
     async def queued(self, rows: int) -> None:
         """Wait until ``rows`` rows have arrived at the server and wait there."""
         await until(lambda: self.server.stats().queue_depth >= rows, f"{rows} rows waiting")
+
+    async def fill(
+        self, client: InferenceClient, model: RecordingModel
+    ) -> tuple[asyncio.Future[Any], asyncio.Future[Any]]:
+        """Have ``client`` ask 0, which the held ``model`` is busy with, and 1, which waits."""
+        first = client.submit(row(0))
+        await model.entered()
+        second = client.submit(row(1))
+        await self.queued(1)
+        return first, second
 
     async def accepted(self) -> None:
         """Wait until the server has accepted what its clients have sent; here it did at once."""

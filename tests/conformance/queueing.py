@@ -65,10 +65,7 @@ class Queueing(Hooks):
         async with self.serve(model, max_queue_size=1) as link:
             client, sync_client = link.client(), link.sync_client()
             with model.held():
-                first = client.submit(row(0))
-                await model.entered()
-                second = client.submit(row(1))
-                await link.queued(1)
+                first, second = await link.fill(client, model)
                 thread = InThread(sync_client.submit, row(2))
                 await thread.blocked()
                 impatient = InThread(sync_client.submit, row(3), timeout=0.05)
@@ -86,10 +83,7 @@ class Queueing(Hooks):
         async with self.serve(model, **options) as link:
             client = link.client()
             with model.held():
-                first = client.submit(row(0))
-                await model.entered()
-                second = client.submit(row(1))
-                await link.queued(1)
+                first, second = await link.fill(client, model)
                 thread = InThread(link.sync_client().submit, row(2), timeout=8)
                 await thread.blocked()
                 clock.advance(5.0)
@@ -108,10 +102,7 @@ class Queueing(Hooks):
         async with self.serve(model, max_queue_size=1) as link:
             client = link.client()
             with model.held():
-                first = client.submit(row(0))
-                await model.entered()
-                second = client.submit(row(1))
-                await link.queued(1)
+                first, second = await link.fill(client, model)
                 thread = InThread(link.sync_client().submit, row(2))
                 await thread.blocked()
                 second.cancel()
@@ -168,10 +159,7 @@ class Queueing(Hooks):
         async with self.serve(model, max_queue_size=1) as link:
             client = link.client()
             with model.held():
-                first = client.submit(row(0))
-                await model.entered()
-                second = client.submit(row(1))
-                await link.queued(1)
+                first, second = await link.fill(client, model)
                 thread = InThread(link.sync_client().submit, row(2))
                 await thread.blocked()
                 closing = asyncio.create_task(link.server.aclose())

@@ -182,10 +182,7 @@ class OnSockets(Hooks):
         async with self.serve(model, max_queue_size=1) as link:
             client, sync_client = link.client(), link.sync_client()
             with model.held():
-                first = client.submit(row(0))
-                await model.entered()
-                second = client.submit(row(1))
-                await link.queued(1)
+                first, second = await link.fill(client, model)
                 patient = await InThread(sync_client.submit, row(2))
                 impatient = await InThread(sync_client.submit, row(3), timeout=0.05)
                 with pytest.raises(TimeoutError, match=r"0\.05"):
@@ -202,10 +199,7 @@ class OnSockets(Hooks):
         async with self.serve(model, **options) as link:
             client = link.client()
             with model.held():
-                first = client.submit(row(0))
-                await model.entered()
-                second = client.submit(row(1))
-                await link.queued(1)
+                first, second = await link.fill(client, model)
                 future = await InThread(link.sync_client().submit, row(2), timeout=8)
                 await link.told()
                 clock.advance(5.0)
@@ -226,10 +220,7 @@ class OnSockets(Hooks):
         async with self.serve(model, max_queue_size=1) as link:
             client = link.client()
             with model.held():
-                first = client.submit(row(0))
-                await model.entered()
-                second = client.submit(row(1))
-                await link.queued(1)
+                first, second = await link.fill(client, model)
                 future = await InThread(link.sync_client().submit, row(2))
                 await link.told()
                 second.cancel()
@@ -244,10 +235,7 @@ class OnSockets(Hooks):
         async with self.serve(model, max_queue_size=1) as link:
             client = link.client()
             with model.held():
-                first = client.submit(row(0))
-                await model.entered()
-                second = client.submit(row(1))
-                await link.queued(1)
+                first, second = await link.fill(client, model)
                 future = await InThread(link.sync_client().submit, row(2))
                 await link.told()
                 closing = asyncio.create_task(link.server.aclose())

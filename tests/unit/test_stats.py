@@ -93,6 +93,44 @@ class TestCounting:
         assert (stats.requests_per_s, stats.rows_per_s, stats.batches_per_s) == (2.0, 1.5, 0.25)
 
 
+class TestTable:
+    """What ``print(stats)`` prints."""
+
+    def test_a_server_at_work(self) -> None:
+        """Counts, why batches left, most frequent first, and percentiles; no troubles, no line."""
+        recorder = StatsRecorder(0.0)
+        recorder.requests += 1234
+        record(recorder, 2, Reason.DEADLINE)
+        for _ in range(2):
+            recorder.batch(2, Reason.FULL, times(0.0, 0.0, dispatched=0.5, forward=1, answered=2))
+        assert str(read(recorder, 2.0)).splitlines() == [
+            "requests                     1,234",
+            "requests/s                     617",
+            "batches                          3",
+            "mean batch, rows               2.0",
+            "why batches left",
+            "  full                           2",
+            "  deadline                       1",
+            "times, ms                      p50       p95       p99",
+            "  queue wait               500.000   500.000   500.000",
+            "  forward                 1000.000  1000.000  1000.000",
+            "  latency                 2000.000  2000.000  2000.000",
+        ]
+
+    def test_troubles_are_shown(self) -> None:
+        """What did not go well stands below the requests, where anything did not."""
+        recorder = StatsRecorder(0.0)
+        recorder.timed_out += 2
+        recorder.failed += 1
+        lines = str(read(recorder)).splitlines()
+        assert [line.split() for line in lines[:4]] == [
+            ["requests", "0"],
+            ["timed", "out", "2"],
+            ["failed", "1"],
+            ["requests/s", "0"],
+        ]
+
+
 class TestReset:
     """``reset=True``."""
 
