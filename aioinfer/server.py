@@ -63,9 +63,8 @@ class InferenceServer:
     Args:
         model: maps a TensorDict of ``[B]`` rows to one of ``[B]`` rows. An ``nn.Module``,
             ``TensorDictModule`` or any callable. It runs under :func:`torch.no_grad`, on one
-            thread of its own; see :meth:`astart` for an exception. If it has ``in_keys``,
-            requests without them are refused; if it has ``out_keys``, those are what a reply
-            holds.
+            thread of its own; ``own_loop`` is the exception. If it has ``in_keys``, requests
+            without them are refused; if it has ``out_keys``, those are what a reply holds.
         transport: the link to the actors, or several; ``None`` serves coroutines of any event
             loop and threads of this process.
         max_batch_size: rows in a forward at most.
@@ -114,6 +113,13 @@ class InferenceServer:
             ``"reject"`` answers them with :class:`~aioinfer.errors.WeightSyncError`, ``"wait"``
             lets them wait for newer weights, and ``"tag"`` serves them; every reply then says
             in ``"policy_stale"`` (bool, of the request's batch size) whether they were.
+        own_loop: whether the event loop that the server is started on is there for it and its
+            actors alone, and may be blocked by a forward. Short ones, up to half a millisecond,
+            then run on the loop, which saves two changes of thread per batch. They also run in
+            whatever mode of torch its thread is in, such as that of a coroutine which awaits
+            within ``torch.autocast``. The loop that :meth:`start` makes is such a loop anyway;
+            only what answers callers of this process and is no ``nn.Module`` stays on the thread
+            there.
         clock: the clock of everything that has to do with time; for tests.
         executor: runs the batches; for tests. ``None`` is one thread.
 
@@ -149,6 +155,7 @@ class InferenceServer:
         max_staleness: int | None = None,
         max_age_s: float | None = None,
         staleness_policy: StalenessPolicy = "reject",
+        own_loop: bool = False,
         clock: Clock | None = None,
         executor: Executor | None = None,
     ) -> None:
@@ -178,6 +185,7 @@ class InferenceServer:
         )
         if collate_fn is not None and not callable(collate_fn):
             raise TypeError(f"collate_fn must be callable or None, got {collate_fn!r}")
+        self._own_loop = arguments.flag("own_loop", own_loop)
         self._clock: Clock = MonotonicClock() if clock is None else clock
         if isinstance(policy_version, bool) or not isinstance(policy_version, int):
             raise TypeError(f"policy_version must be an int, got {policy_version!r}")
@@ -325,14 +333,8 @@ class InferenceServer:
     ) -> None:
         await self.aclose()
 
-    async def astart(self, *, own_loop: bool = False) -> Self:
+    async def astart(self) -> Self:
         """Start the server on the running event loop; ``async with`` does the same.
-
-        Args:
-            own_loop: whether nobody else needs this loop, so that it may be blocked for as long as
-                a forward takes. The shortest ones, up to half a millisecond, then run on it
-                instead of on a thread of their own, if all transports serve other processes. That
-                saves two changes of thread per batch.
 
         Returns:
             The server itself.
@@ -342,7 +344,7 @@ class InferenceServer:
             Exception: what the policy raised while it was warmed up, or a weight-sync scheme while
                 it was attached.
         """
-        await self._open(own_loop)
+        await self._open(self._own_loop)
         return self
 
     async def aclose(self, *, drain: bool = True) -> None:
@@ -362,7 +364,7 @@ class InferenceServer:
             return
         await self._close(None, drain)
 
-    async def _open(self, own_loop: bool) -> None:
+    async def _open(self, may_block: bool) -> None:
         if self.is_alive:
             raise RuntimeError("this server is already running; close it before starting it again")
         if self._serving is not None and self._serving.loop.is_closed():
@@ -370,7 +372,7 @@ class InferenceServer:
         self._recorder = StatsRecorder(self._clock())
         independent = not any(transport.in_process for transport in self._transports)
         if isinstance(self._executor, NearExecutor):
-            self._executor.allowed = own_loop and independent
+            self._executor.allowed = may_block
         batcher = Batcher(
             max_batch_size=self._max_batch_size,
             min_batch_size=self._min_batch_size,
@@ -446,7 +448,7 @@ class InferenceServer:
                 self.shutdown()
             background = BackgroundLoop()
             try:
-                background.call(self._open, True)
+                background.call(self._open, self._may_block_background())
             except BaseException:
                 background.close()
                 raise
@@ -454,6 +456,12 @@ class InferenceServer:
             # A program that forgets shutdown() still ends, without a forward being cut off.
             atexit.register(self._at_exit)
         return self
+
+    def _may_block_background(self) -> bool:
+        # A callable might wait for one of its callers, if those are of this process. A module
+        # computes.
+        in_process = any(transport.in_process for transport in self._transports)
+        return self._own_loop or not in_process or isinstance(self.model, torch.nn.Module)
 
     def _at_exit(self) -> None:
         self.shutdown(timeout=2.0)

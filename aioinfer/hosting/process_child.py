@@ -40,7 +40,7 @@ def serve(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole terminal
     threading.Thread(target=_outlive_nobody_for_long, args=(parent,), daemon=True).start()
     try:
-        server = InferenceServer(factory(), transport, **options)
+        server = InferenceServer(factory(), transport, **{"own_loop": True, **options})
         gc.collect()
         gc.freeze()  # modules and policy stay; looking through them would hold up a batch
     except BaseException as error:
@@ -55,7 +55,7 @@ def serve(
 
 async def _run(server: InferenceServer, control: Connection, parent: int) -> None:
     try:
-        await server.astart(own_loop=True)
+        await server.astart()
     except Exception as error:
         send(control, (READY, False, described(error)))
         return

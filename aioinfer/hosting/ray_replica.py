@@ -22,8 +22,6 @@ _NOT_FOR_REPLICAS = {
 class RayReplica(Replica):
     """Runs a server on the loop of its actor, which nobody else needs."""
 
-    _own_loop = True
-
     async def _serve(
         self,
         factory: Any,
@@ -32,7 +30,7 @@ class RayReplica(Replica):
         weights: Any = None,
     ) -> None:
         self._transport: ReplicaTransport = transport
-        await super()._serve(factory, transport, options, weights)
+        await super()._serve(factory, transport, {"own_loop": True, **options}, weights)
         gc.collect()
         gc.freeze()  # modules and policy stay; looking through them would hold up a batch
 

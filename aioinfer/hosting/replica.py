@@ -17,9 +17,6 @@ from aioinfer.transports.base import InferenceTransport
 class Replica:
     """Runs a server on the running event loop, and does what is asked of it."""
 
-    _own_loop = False
-    """Whether nobody else needs the loop of the actor."""
-
     def __init__(self) -> None:
         self._server: InferenceServer | None = None
 
@@ -54,5 +51,5 @@ class Replica:
         if weights is not None:
             policy.load_state_dict(weights)
         server = InferenceServer(policy, transport, **options)
-        await server.astart(own_loop=self._own_loop)
+        await server.astart()
         self._server = server

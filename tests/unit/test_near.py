@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+import torch
 from helpers import action, row, wait_until
+from tensordict import TensorDictBase
 
-from aioinfer import InferenceServer, MPTransport, ServerClosedError, near
+from aioinfer import (
+    AsyncioTransport,
+    InferenceServer,
+    InferenceTransport,
+    MPTransport,
+    ServerClosedError,
+    ThreadingTransport,
+    near,
+)
 from aioinfer.batch import Batch
 from aioinfer.batching import Reason
 from aioinfer.near import NearExecutor
@@ -52,11 +61,11 @@ class Used:
         self.places.append("near" if here else "thread")
         self.running -= 1
 
-    def place(self, cost_s: float) -> str:
+    def place(self, cost_s: float, rows: int = 0) -> str:
         """Run a batch that takes so long; where it ran."""
         self.cost_s = cost_s
         count = len(self.places)
-        self.executor.submit(Batch([], 0, Reason.FULL, 0.0))
+        self.executor.submit(Batch([], rows, Reason.FULL, 0.0))
         self.executor.call(lambda: None).result(10)  # comes after it
         assert len(self.places) == count + 1
         return self.places[-1]
@@ -79,6 +88,16 @@ def test_where_a_batch_is_run(used: Used):
     assert [used.place(0.0001) for _ in range(3)] == ["near"] * 3
     assert used.place(0.1) == "near"  # which nobody could know
     assert used.place(0.1) == "thread"
+
+
+def test_a_batch_larger_than_ever(used: Used):
+    """It is run on the thread, for it may take long; so it is again if it did, but not if not."""
+    for _ in range(near.TRIED):
+        used.place(0.0001, rows=4)
+    assert [used.place(0.0001, rows) for rows in (4, 1, 8, 8)] == ["near", "near", "thread", "near"]
+    assert used.place(0.0008, rows=64) == "thread"
+    used.place(0.0001, rows=1)
+    assert [used.place(0.0001, rows) for rows in (8, 64, 64)] == ["near", "thread", "near"]
 
 
 def test_a_batch_comes_after_a_call(used: Used):
@@ -127,12 +146,11 @@ def all_cheap(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("all_cheap")
-async def test_a_server_with_a_loop_of_its_own():
+@pytest.mark.parametrize("kind", [MPTransport, AsyncioTransport])
+async def test_a_server_with_a_loop_of_its_own(kind: type[InferenceTransport]):
     """It answers everybody, near and not, takes updates, and computes on the loop's thread."""
-    model, transport = RecordingModel(), MPTransport()
-    server = InferenceServer(model, transport)
-    await server.astart(own_loop=True)
-    async with contextlib.aclosing(server):
+    model, transport = RecordingModel(), kind()
+    async with InferenceServer(model, transport, own_loop=True) as server:
         client = transport.async_client()
         for value in range(20):
             assert action(await client(row(value))) == 2 * value
@@ -143,23 +161,49 @@ async def test_a_server_with_a_loop_of_its_own():
     assert threading.get_ident() in model.threads
 
 
-@pytest.mark.usefixtures("all_cheap")
-def test_a_started_server_has_a_loop_of_its_own():
-    """So it computes there what comes from other processes; callers of this one have a thread."""
-    for transport, threads in ((MPTransport(), 2), (None, 1)):  # the first forward is on a thread
-        model = RecordingModel()
-        with InferenceServer(model, transport) as server:
-            client = server.sync_client()
-            for value in range(near.TRIED + 2):
-                assert action(client(row(value))) == 2 * value
-        assert len(model.threads) == threads
+class Module(torch.nn.Module):
+    """A model that is a module."""
+
+    def __init__(self, model: RecordingModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, td: TensorDictBase) -> TensorDictBase:
+        return self.model(td)
+
+
+def _as_it_is(model: RecordingModel) -> RecordingModel:
+    return model
 
 
 @pytest.mark.usefixtures("all_cheap")
-async def test_the_loop_of_others_is_never_blocked():
-    """On a loop that serves others, too, batches run on the thread, whatever they cost."""
-    model, transport = RecordingModel(), MPTransport()
-    async with InferenceServer(model, transport):
+@pytest.mark.parametrize(
+    ("wrap", "kind", "own_loop", "near_too"),
+    [
+        pytest.param(Module, ThreadingTransport, False, True, id="a module"),
+        pytest.param(_as_it_is, ThreadingTransport, False, False, id="a callable"),
+        pytest.param(_as_it_is, ThreadingTransport, True, True, id="a callable, on request"),
+        pytest.param(_as_it_is, MPTransport, False, True, id="for other processes"),
+    ],
+)
+def test_a_started_server_has_a_loop_of_its_own(
+    wrap: Any, kind: type[InferenceTransport], own_loop: bool, near_too: bool
+):
+    """So it computes there; a callable that callers of its own process may hold up does not."""
+    model = RecordingModel()
+    with InferenceServer(wrap(model), kind(), own_loop=own_loop) as server:
+        client = server.sync_client()
+        for value in range(near.TRIED + 2):
+            assert action(client(row(value))) == 2 * value
+    assert len(model.threads) == 1 + near_too  # the first forward is on a thread
+
+
+@pytest.mark.usefixtures("all_cheap")
+@pytest.mark.parametrize("kind", [MPTransport, AsyncioTransport])
+async def test_the_loop_of_others_is_never_blocked(kind: type[InferenceTransport]):
+    """Nobody having said that a loop may be blocked, batches run on the thread."""
+    model, transport = RecordingModel(), kind()
+    async with InferenceServer(Module(model), transport):
         client = transport.async_client()
         for value in range(near.TRIED + 2):
             assert action(await client(row(value))) == 2 * value
