@@ -3,7 +3,8 @@
 Everything is measured in one run and in turns, several rounds each, because only ratios within
 one run mean anything; what counts is the median of the rounds. Contenders, with 32 clients:
 
--   aioinfer with asyncio clients (uvloop where installed) and with threads;
+-   aioinfer with asyncio clients (uvloop where installed), without and with ``own_loop=True``, by
+    which short forwards run on the clients' loop, and with threads;
 -   TorchRL's server with ``ThreadingTransport`` and with ``SlotTransport(32)``, each with the
     settings that turned out best in a short trial of several (see ``TORCHRL_SETTINGS``);
 -   the bare forward: the same policy on a batch of 32 rows that is already stacked, under
@@ -223,6 +224,11 @@ def on_loop(main: Coroutine[Any, Any, T]) -> T:
         return runner.run(main)
 
 
+def where_it_computes(main: Callable[[], Coroutine[Any, Any, T]], own_loop: bool) -> T:
+    """Run `main` on an event loop, which is on the main thread unless forwards run on it."""
+    return off_main_thread(lambda: on_loop(main())) if own_loop else on_loop(main())
+
+
 def off_main_thread(function: Callable[[], T]) -> T:
     """Call `function` on a thread of its own; see the top of this file."""
     with ThreadPoolExecutor(1) as pool:
@@ -240,16 +246,17 @@ def threads_end() -> Iterator[None]:
             raise RuntimeError(f"{thread.name} still runs after its server was shut down")
 
 
-def aioinfer_asyncio(workload: Workload, seconds: float) -> float:
+def aioinfer_asyncio(workload: Workload, seconds: float, *, own_loop: bool = False) -> float:
     """Requests per second of this library's asyncio clients."""
 
     async def main() -> float:
         transport = AsyncioTransport()
-        async with InferenceServer(workload.policy, transport, max_batch_size=CLIENTS):
+        policy = workload.policy
+        async with InferenceServer(policy, transport, max_batch_size=CLIENTS, own_loop=own_loop):
             clients = [transport.async_client() for _ in range(CLIENTS)]
             return await asyncio_rate(workload, clients, seconds)
 
-    return on_loop(main())
+    return where_it_computes(main, own_loop)
 
 
 def aioinfer_threads(workload: Workload, seconds: float) -> float:
@@ -307,17 +314,16 @@ async def typical_us(call: Callable[[], Any], seconds: float) -> float:
     return statistics.median(durations) * 1e6
 
 
-def aioinfer_latency(workload: Workload, seconds: float) -> float:
+def aioinfer_latency(workload: Workload, seconds: float, *, own_loop: bool = False) -> float:
     """Microseconds from an asyncio client's request to its answer, when it is the only one."""
 
     async def main() -> float:
-        observation = workload.observations[0]
-        async with InferenceServer(workload.policy, AsyncioTransport()) as server:
+        policy, ready = workload.policy, requests(workload.observations[0])
+        async with InferenceServer(policy, AsyncioTransport(), own_loop=own_loop) as server:
             client = server.async_client()
-            ready = requests(observation)
             return await typical_us(lambda: client(next(ready)), seconds)
 
-    return on_loop(main())
+    return where_it_computes(main, own_loop)
 
 
 def executor_latency(workload: Workload, seconds: float) -> float:
@@ -364,9 +370,11 @@ def idle_cpu_s(workload: Workload, seconds: float) -> float:
 Contender = Callable[[Workload, float], float]
 
 ASYNCIO = f"aioinfer, asyncio ({LOOP})"
+OWN_LOOP = f"aioinfer, asyncio ({LOOP}), own_loop"
 THREADS = "aioinfer, threads"
 BARE = "bare batched forward"
 LATENCY = f"aioinfer, one asyncio client ({LOOP})"
+LATENCY_OWN_LOOP = f"{LATENCY}, own_loop"
 EXECUTOR = f"run_in_executor with the bare forward ({LOOP})"
 
 
@@ -429,6 +437,7 @@ def throughput(workload: Workload) -> Group:
     rivals = best_of_torchrl(workload)
     contenders: dict[str, Contender] = {
         ASYNCIO: aioinfer_asyncio,
+        OWN_LOOP: functools.partial(aioinfer_asyncio, own_loop=True),
         THREADS: aioinfer_threads,
         **{name: contender for name, (_, contender) in rivals.items()},
         BARE: bare_forward,
@@ -440,7 +449,11 @@ def throughput(workload: Workload) -> Group:
 
 def latency(workload: Workload) -> Group:
     """Put the contenders for the latency of a single client together."""
-    contenders: dict[str, Contender] = {LATENCY: aioinfer_latency, EXECUTOR: executor_latency}
+    contenders: dict[str, Contender] = {
+        LATENCY: aioinfer_latency,
+        LATENCY_OWN_LOOP: functools.partial(aioinfer_latency, own_loop=True),
+        EXECUTOR: executor_latency,
+    }
     return Group(f"{workload.name}, one client", "µs", workload, contenders)
 
 
