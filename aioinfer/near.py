@@ -47,8 +47,6 @@ class NearExecutor(ThreadExecutor):
         self._near: threading.Thread | None = None
         self._cost_s = math.inf
         self._learnt = 0
-        self._rows = 0
-        """Of the largest batch that was cheap."""
 
     def start(self, run: Run, finished: Report, free: Report | None = None) -> None:
         def run_in_turn(batch: Batch) -> None:
@@ -57,9 +55,9 @@ class NearExecutor(ThreadExecutor):
                 rest = run(batch)
                 if rest is not None:
                     rest()
-                self._learn(batch.rows, _clock() - started)
+                self._learn(_clock() - started)
 
-        self._cost_s, self._learnt, self._rows = math.inf, 0, 0
+        self._cost_s, self._learnt = math.inf, 0
         if not self.allowed:
             super().start(run, finished, free)
             return
@@ -71,12 +69,7 @@ class NearExecutor(ThreadExecutor):
     def submit(self, batch: Batch) -> None:
         # Unless it is allowed, nothing is learnt.
         cheap = self._learnt >= TRIED and self._cost_s < NEAR_S
-        if not (
-            cheap
-            and batch.rows <= self._rows
-            and self._jobs.empty()
-            and self._turn.acquire(blocking=False)
-        ):
+        if not (cheap and self._jobs.empty() and self._turn.acquire(blocking=False)):
             super().submit(batch)
             return
         try:
@@ -97,10 +90,8 @@ class NearExecutor(ThreadExecutor):
     def is_here(self) -> bool:
         return threading.current_thread() is self._near or super().is_here()
 
-    def _learn(self, rows: int, seconds: float) -> None:
+    def _learn(self, seconds: float) -> None:
         # Slow ones count by and by, for one may have had to wait for a core; a fast one shows
         # what is possible.
         self._cost_s = seconds if seconds < self._cost_s else 0.75 * self._cost_s + 0.25 * seconds
         self._learnt += 1
-        if seconds < NEAR_S and rows > self._rows:
-            self._rows = rows

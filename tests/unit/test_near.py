@@ -61,11 +61,11 @@ class Used:
         self.places.append("near" if here else "thread")
         self.running -= 1
 
-    def place(self, cost_s: float, rows: int = 0) -> str:
+    def place(self, cost_s: float) -> str:
         """Run a batch that takes so long; where it ran."""
         self.cost_s = cost_s
         count = len(self.places)
-        self.executor.submit(Batch([], rows, Reason.FULL, 0.0))
+        self.executor.submit(Batch([], 0, Reason.FULL, 0.0))
         self.executor.call(lambda: None).result(10)  # comes after it
         assert len(self.places) == count + 1
         return self.places[-1]
@@ -88,16 +88,6 @@ def test_where_a_batch_is_run(used: Used):
     assert [used.place(0.0001) for _ in range(3)] == ["near"] * 3
     assert used.place(0.1) == "near"  # which nobody could know
     assert used.place(0.1) == "thread"
-
-
-def test_a_batch_larger_than_ever(used: Used):
-    """It is run on the thread, for it may take long; so it is again if it did, but not if not."""
-    for _ in range(near.TRIED):
-        used.place(0.0001, rows=4)
-    assert [used.place(0.0001, rows) for rows in (4, 1, 8, 8)] == ["near", "near", "thread", "near"]
-    assert used.place(0.0008, rows=64) == "thread"
-    used.place(0.0001, rows=1)
-    assert [used.place(0.0001, rows) for rows in (8, 64, 64)] == ["near", "thread", "near"]
 
 
 def test_a_batch_comes_after_a_call(used: Used):
