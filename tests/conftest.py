@@ -22,10 +22,6 @@ import torch
 from programs import Programs
 from tensordict import TensorDict
 
-# With the second that it is by default, Monarch takes live processes for dead where a machine is
-# so busy that they stand still for that long; every later test would fail.
-os.environ.setdefault("HYPERACTOR_MESH_GET_ACTOR_STATE_MAX_IDLE", "4s")
-
 import aioinfer
 
 try:

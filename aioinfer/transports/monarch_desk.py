@@ -23,11 +23,10 @@ from aioinfer.errors import InferenceError, ServerClosedError, ServerDiedError
 from aioinfer.transports import monarch_post as posts
 from aioinfer.transports import wire
 from aioinfer.transports.monarch_post import Office, Place, Post, Ref, answering
+from aioinfer.transports.pending_calls import PendingCalls
 from aioinfer.transports.rpc import DIED, LEAVE, Answer, RpcHub
 from aioinfer.transports.wire import Kind
 
-PROBE_S = 0.2
-"""Seconds after which a server that owes an answer is looked after."""
 PING_TIMEOUT_S = 2.0
 """Seconds in which a server must show that it lives, before another one takes its place."""
 REGISTRAR = "aioinfer_registrar"
@@ -150,8 +149,7 @@ class Desk(Post):
 
     def __init__(self, name: str | None = None) -> None:
         super().__init__(name or str(context().actor_instance.actor_id))
-        self._calls: dict[bytes, set[asyncio.Future[Answer]]] = {}
-        self._probing = False
+        self._calls = PendingCalls()
         if name is None:
             self._office.later(_registrar, self._office)
 
@@ -172,33 +170,7 @@ class Desk(Post):
         hub = hubs.get(name)
         if hub is None:
             return last_words(ServerClosedError("the server is closed"))
-        calls = self._calls.setdefault(name, set())
-        call = asyncio.ensure_future(hub.exchange(connection, number, data))
-        calls.add(call)
-        if not self._probing:
-            self._probing = True
-            call.get_loop().call_later(PROBE_S, self._probe)
-        try:
-            return await call
-        except asyncio.CancelledError:  # the server's event loop ended, or this actor
-            return DIED, b""
-        finally:
-            calls.discard(call)
-
-    def _probe(self) -> None:
-        """See whether the loop of a server that owes answers was closed under it."""
-        self._probing = False
-        for name, calls in list(self._calls.items()):
-            hub = hubs.get(name)
-            if not calls:
-                del self._calls[name]
-            elif hub is not None and hub._intake.loop.is_closed():
-                for call in list(calls):
-                    call.cancel()
-            elif hub is not None and hub.busy:
-                self._probing = True
-        if self._probing:
-            asyncio.get_running_loop().call_later(PROBE_S, self._probe)
+        return await self._calls.exchange(hub, connection, number, data)
 
     @answering
     async def watch(self, name: bytes, connection: bytes, client: Ref) -> None:

@@ -297,8 +297,15 @@ class RpcHub:
 
     @property
     def busy(self) -> bool:
-        """Whether somebody waits for an answer."""
-        return any([peer.busy for peer in self._peers.values()])
+        """Whether somebody waits for an answer, or calls the server while it closes."""
+        untaken = len(self._asked) > len(self._taken)  # calls that its loop has not come to
+        closing = self._intake.closed is not None
+        return untaken or closing or any([peer.busy for peer in self._peers.values()])
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the loop was closed under it: it answers nobody any more."""
+        return self._intake.loop.is_closed()
 
     def _closed(self) -> InferenceError | None:
         closed = self._intake.closed
