@@ -47,7 +47,7 @@ class ProcessInferenceServer(HostedServer):
             if that has none either, for spawn, as forking a process that has used torch's
             threads is not safe.
         start_timeout: seconds in which the child must be ready.
-        **options: what :class:`InferenceServer` takes besides.
+        **options: what :class:`InferenceServer` takes besides; ``own_loop`` is true unless given.
     """
 
     def __init__(

@@ -77,7 +77,7 @@ class RayInferenceServer(ReplicatedServer):
         tls: as of :class:`RayTransport`.
         start_timeout: seconds in which a replica must be ready, from when it was asked for.
         **options: what :class:`InferenceServer` takes besides. A ``weight_sync`` goes to each of
-            the replicas, as one receiver more.
+            the replicas, as one receiver more; ``own_loop`` is true unless given.
 
     Raises:
         ImportError: Ray is not installed.
