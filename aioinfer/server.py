@@ -370,7 +370,6 @@ class InferenceServer:
         if self._serving is not None and self._serving.loop.is_closed():
             self._serving.abandon()  # its loop was closed before it could end
         self._recorder = StatsRecorder(self._clock())
-        independent = not any(transport.in_process for transport in self._transports)
         if isinstance(self._executor, NearExecutor):
             self._executor.allowed = may_block
         batcher = Batcher(
@@ -380,7 +379,7 @@ class InferenceServer:
             max_queue_size=self._max_queue_size,
             batch_sizes=self._sizes,
             far_sighted=self._far_sighted,
-            independent=independent,
+            independent=not self._is_called_from_here,
             executors=len(self._replicas),
         )
         serving = Serving(
@@ -457,11 +456,16 @@ class InferenceServer:
             atexit.register(self._at_exit)
         return self
 
+    @property
+    def _is_called_from_here(self) -> bool:
+        """Whether any callers are of this process, and so compete for its interpreter."""
+        return any(transport.in_process for transport in self._transports)
+
     def _may_block_background(self) -> bool:
         # A callable might wait for one of its callers, if those are of this process. A module
         # computes.
-        in_process = any(transport.in_process for transport in self._transports)
-        return self._own_loop or not in_process or isinstance(self.model, torch.nn.Module)
+        is_module = isinstance(self.model, torch.nn.Module)
+        return self._own_loop or is_module or not self._is_called_from_here
 
     def _at_exit(self) -> None:
         self.shutdown(timeout=2.0)

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import action, row, wait_until
+from helpers import action, outcomes, row, wait_until
 from tensordict import TensorDictBase
 
 from aioinfer import (
     AsyncioTransport,
     InferenceServer,
     InferenceTransport,
+    ModelError,
     MPTransport,
     ServerClosedError,
     ThreadingTransport,
@@ -148,6 +149,32 @@ async def test_a_server_with_a_loop_of_its_own(kind: type[InferenceTransport]):
         answers = [client.submit(row(value)) for value in range(50)]
         assert [action(await answer) for answer in answers] == [2 * v for v in range(50)]
     assert server.policy_version == 1
+    assert threading.get_ident() in model.threads
+
+
+def _doubled_unless_negative(td: TensorDictBase) -> TensorDictBase:
+    if (td["observation"] < 0).any():
+        raise ArithmeticError("a negative observation")
+    return td.replace({"action": 2 * td["observation"]}).select("action")
+
+
+@pytest.mark.usefixtures("all_cheap")
+async def test_faults_on_the_loop():
+    """There too a bad request fails alone, cancelling works, and closing answers the rest."""
+    model = RecordingModel(_doubled_unless_negative)
+    async with InferenceServer(model, AsyncioTransport(), own_loop=True) as server:
+        client = server.async_client()
+        for value in range(near.TRIED + 2):
+            await client(row(value))
+        answers = [client.submit(row(value)) for value in (1, 2, -3, 4, 5)]
+        answers[3].cancel()
+        replies = await outcomes(*answers[:3], answers[4])
+        assert [action(replies[i]) for i in (0, 1, 3)] == [2, 4, 10]
+        assert type(replies[2]) is ModelError
+        assert type(replies[2].__cause__) is ArithmeticError
+        assert server.stats().cancelled == 1
+        left = [client.submit(row(value)) for value in range(5)]
+    assert [action(await answer) for answer in left] == [2 * value for value in range(5)]
     assert threading.get_ident() in model.threads
 
 
