@@ -1,10 +1,10 @@
-"""An executor for a server that has its event loop to itself.
+"""An executor for a server on an event loop that has nothing else to do.
 
 Handing a batch to another thread and its answers back costs two wake-ups, and more where all
-cores are busy: the threads take turns at the interpreter while the callers' processes take turns
-at the cores. Where a forward costs less than that, the loop's own thread is the best place for
-it. A loop that serves others, too, must not be blocked; one that serves nobody else has nothing
-better to do for so short a time.
+cores are busy: threads take turns at the interpreter, and processes at the cores. Where a forward
+costs less than that, the loop's own thread is the best place for it. A loop with other work must
+not be blocked; one that is there for a server and its actors alone has nothing better to do for so
+short a time.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 from multiprocessing import connection, resource_tracker
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 import torch
 from children import Child
 from helpers import PATIENCE_S, InThread, action, outcomes, row, wait_until, within
+from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
 
@@ -26,6 +28,7 @@ from aioinfer import (
     ProcessInferenceServer,
     ServerClosedError,
     ServerDiedError,
+    near,
 )
 
 FORK = multiprocessing.get_context("fork")
@@ -58,6 +61,18 @@ def deadly() -> Any:
 
 def stuck() -> Any:
     signal.pause()
+
+
+def on_the_loop() -> Any:
+    """A policy that says whether it computes on the thread of the loop, where all are cheap."""
+    near.NEAR_S = 1e9
+    loop = threading.current_thread()
+
+    def answer(td: Any) -> Any:
+        here = threading.current_thread() is loop
+        return TensorDict({"action": torch.full((*td.shape, 3), float(here))}, td.shape)
+
+    return answer
 
 
 def served(factory: Any = scaling, **options: Any) -> ProcessInferenceServer:
@@ -100,6 +115,14 @@ class TestLife:
         assert server._ctx.get_start_method() == "spawn"
         with server:
             assert action(server.sync_client()(row(2))) == 4
+
+    @pytest.mark.parametrize(("options", "last"), [({}, 1), ({"own_loop": False}, 0)])
+    def test_the_loop_of_the_child(self, options: dict[str, bool], last: int) -> None:
+        """It is the server's own, and computes what is cheap, unless told otherwise."""
+        with served(on_the_loop, **options) as server:
+            client = server.sync_client()
+            places = [action(client(row(1))) for _ in range(near.TRIED + 2)]
+        assert (places[0], places[-1]) == (0, last)
 
     def test_twice(self) -> None:
         """A server that runs cannot be started."""
