@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
+import signal
 import sys
 import threading
 import time
@@ -214,3 +216,21 @@ class InThread:
             where = None if frame is None else (id(frame), frame.f_lasti)
             still = still + 1 if where == before else 0
             before = where
+
+
+def stop(pid: int) -> None:
+    """Let a process do nothing more, for now.
+
+    The signal itself only reaches one thread, which stops the others once it gets a core; until
+    then they go on, and may answer.
+    """
+    os.kill(pid, signal.SIGSTOP)
+
+    def state(thread: str) -> str:
+        with open(f"/proc/{pid}/task/{thread}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0]
+
+    def is_stopped() -> bool:
+        return {state(thread) for thread in os.listdir(f"/proc/{pid}/task")} == {"T"}
+
+    wait_until(is_stopped, "every thread to be stopped")

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import ray
-from helpers import action, doubling, row, rows, wait_until
+from helpers import action, doubling, row, rows, stop, wait_until
 from rays import nothing_left as nothing_left
 from rays import start_ray
 
@@ -198,7 +198,7 @@ def test_a_server_in_an_actor(cast: Cast, kind: str):
     assert ray.get(cast.ask_all(3)) == WELL
     with pytest.raises(RuntimeError, match="in another process"):
         InferenceServer(doubling(), transport).start()
-    os.kill(pid, signal.SIGSTOP)  # so that it is asked, and does not answer
+    stop(pid)  # so that it is asked, and does not answer
     asked = cast.ask_all(3)
     ready, _ = ray.wait(asked, timeout=0.3)
     assert not ready

@@ -21,7 +21,7 @@ import pytest
 import ray
 import torch
 from certificates import contexts
-from helpers import action, outcomes, row, wait_until, within
+from helpers import action, outcomes, row, stop, wait_until, within
 from rays import start_ray
 
 from aioinfer import (
@@ -241,7 +241,7 @@ def test_a_replica_is_killed(stage: Stage):
     stage.pids("once")
     doomed = min(pids)
     (other,) = pids - {doomed}
-    os.kill(doomed, signal.SIGSTOP)  # so that it is asked, and does not answer
+    stop(doomed)  # so that it is asked, and does not answer
     asked = [stage.asking.ask.remote(how, 20) for how in stage.links]
     ready, _ = ray.wait(asked, num_returns=3, timeout=0.3)
     assert not ready
@@ -296,7 +296,7 @@ def test_both_are_killed_at_once(stage: Stage):
     for how in stage.links:
         stage.pids(how)
     for pid in doomed:
-        os.kill(pid, signal.SIGSTOP)
+        stop(pid)
     asked = [stage.asking.ask.remote(how, 20) for how in stage.links]
     ready, _ = ray.wait(asked, num_returns=3, timeout=0.3)
     assert not ready
@@ -328,7 +328,7 @@ def test_all_are_killed(stage: Stage):
     assert {answer[1] for answer in stage.ask(20)} == pids
     (last,) = pids
     stage.forbids.touch()  # or another one might answer, on a machine so busy that it is in time
-    os.kill(last, signal.SIGSTOP)
+    stop(last)
     asked = [stage.asking.ask.remote(how, 20) for how in stage.links]
     ready, _ = ray.wait(asked, num_returns=3, timeout=0.3)
     assert not ready
@@ -387,7 +387,7 @@ def test_replicas_that_are_not_replaced(tmp_path: Path):
             pass
         doomed, last = pids
         for number, (pid, left) in enumerate([(doomed, {last}), (last, set())]):
-            os.kill(pid, signal.SIGSTOP)
+            stop(pid)
             asked = [client.submit(row(value)) for value in range(20)]
             os.kill(pid, signal.SIGKILL)
             for reply in asked:

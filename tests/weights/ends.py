@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import pytest
-from helpers import InThread, row, wait_until, within
+from helpers import InThread, row, stop, wait_until, within
 
 from aioinfer import InferenceServer, ProcessInferenceServer, WeightSyncError, WeightSyncScheme
 
@@ -66,17 +66,6 @@ def train(scheme: WeightSyncScheme, first: int, death: Death | None = None) -> N
         death.await_()
     assert scheme.send(model=model.set_to(first + 1)).applied
     scheme.close()
-
-
-def stop(pid: int) -> None:
-    """Let a process do nothing more, for now."""
-    os.kill(pid, signal.SIGSTOP)
-
-    def state(thread: str) -> str:
-        with open(f"/proc/{pid}/task/{thread}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0]
-
-    wait_until(lambda: {state(thread) for thread in os.listdir(f"/proc/{pid}/task")} == {"T"})
 
 
 class Ends(Hooks):
